@@ -1,0 +1,43 @@
+"""Outcomes for an outcome reward model: right or wrong for every answer of a prompt.
+
+    rayward run label_outcomes --source store/toy/rollouts --output store/toy/outcomes
+
+Answers whose outcome is unknown are rejected, never counted as wrong.
+"""
+
+from dataclasses import dataclass
+
+from rayward import dataflow
+from rayward.config import command
+from rayward.dataflow import Engine, Recipe
+from rayward.labels import LABELERS, OutcomeSettings
+from rayward.storage import Dataset, open_dataset
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What label_outcomes needs to know."""
+
+    source: str  # folder of rollouts
+    output: str  # folder for the examples
+    label: OutcomeSettings = OutcomeSettings()
+    engine: Engine = "auto"  # where the work runs
+    overwrite: bool = False  # replace what OUTPUT holds
+
+
+def main(settings: Settings) -> Dataset:
+    """Label the rollouts of every prompt; say of each that was not used why."""
+    rollouts = open_dataset(settings.source, "rollouts")
+    recipe = Recipe(
+        made_by="label_outcomes",
+        output=settings.output,
+        settings=settings,
+        inputs=[rollouts.lineage()],
+        engine=settings.engine,
+        overwrite=settings.overwrite,
+    )
+    return dataflow.label(recipe, rollouts, LABELERS["outcomes"], settings.label)
+
+
+if __name__ == "__main__":
+    command(main)

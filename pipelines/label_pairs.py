@@ -1,0 +1,44 @@
+"""Pairs for a Bradley-Terry model: of two answers of one judgement, the one with the higher reward comes first.
+
+    rayward run label_pairs --source store/toy/rollouts --output store/toy/pairs
+
+Rewards are compared inside a judgement only. A judgement's pairs weigh 1 together, so a prompt with many answers does not
+outvote the others. Rollouts that no pair was made of lie in OUTPUT/rejects with the reason.
+"""
+
+from dataclasses import dataclass
+
+from rayward import dataflow
+from rayward.config import command
+from rayward.dataflow import Engine, Recipe
+from rayward.labels import LABELERS, PairSettings
+from rayward.storage import Dataset, open_dataset
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What label_pairs needs to know."""
+
+    source: str  # folder of rollouts
+    output: str  # folder for the examples
+    label: PairSettings = PairSettings()
+    engine: Engine = "auto"  # where the work runs
+    overwrite: bool = False  # replace what OUTPUT holds
+
+
+def main(settings: Settings) -> Dataset:
+    """Label the rollouts of every prompt; say of each that was not used why."""
+    rollouts = open_dataset(settings.source, "rollouts")
+    recipe = Recipe(
+        made_by="label_pairs",
+        output=settings.output,
+        settings=settings,
+        inputs=[rollouts.lineage()],
+        engine=settings.engine,
+        overwrite=settings.overwrite,
+    )
+    return dataflow.label(recipe, rollouts, LABELERS["pairs"], settings.label)
+
+
+if __name__ == "__main__":
+    command(main)

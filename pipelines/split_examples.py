@@ -1,0 +1,43 @@
+"""Train, validation and test by hash of the prompt: no prompt is on two sides, today or when more data comes.
+
+    rayward run split_examples --source store/toy/pairs --output store/toy/pairs-split
+
+OUTPUT holds three datasets: train, validation, test. Rollouts can be split too, before they are labeled.
+"""
+
+from dataclasses import dataclass
+
+from rayward import dataflow
+from rayward.config import command
+from rayward.dataflow import Engine, Recipe
+from rayward.splits import Shares
+from rayward.storage import Dataset, open_dataset
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What split_examples needs to know."""
+
+    source: str  # folder of examples or rollouts
+    output: str  # folder for train/, validation/ and test/
+    shares: Shares = Shares()
+    engine: Engine = "auto"  # where the work runs
+    overwrite: bool = False  # replace what OUTPUT holds
+
+
+def main(settings: Settings) -> list[Dataset]:
+    """Send every record to the side of its prompt."""
+    source = open_dataset(settings.source)
+    recipe = Recipe(
+        made_by="split_examples",
+        output=settings.output,
+        settings=settings,
+        inputs=[source.lineage()],
+        engine=settings.engine,
+        overwrite=settings.overwrite,
+    )
+    return dataflow.split(recipe, source, settings.shares)
+
+
+if __name__ == "__main__":
+    command(main)

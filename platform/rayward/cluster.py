@@ -1,0 +1,52 @@
+"""The only place that starts or joins Ray.
+
+    with connect():      # joins RAY_ADDRESS if it is set, else a cluster of its own on this machine's cores
+        ...
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rayward.errors import SettingsError
+
+
+def cores() -> int:
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def on_cluster() -> bool:
+    """Whether this process is told of a cluster, or already on one."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
+@contextmanager
+def connect() -> Iterator[Any]:
+    """Ray, started or joined; what was started here is stopped at the end, what was there before stays."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry unless the user asks for it
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # or every line of a worker stands twice
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the coming default, which spares a warning
+    import ray
+
+    if ray.is_initialized():
+        yield ray
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    try:
+        if address:
+            ray.init(address=address, log_to_driver=True, logging_level=logging.WARNING)
+        else:
+            ray.init(num_cpus=cores(), include_dashboard=False, log_to_driver=True, logging_level=logging.WARNING)
+    except ConnectionError as error:
+        raise SettingsError(
+            f"no Ray cluster answers at RAY_ADDRESS={address}: {error}", "start one with  ray start --head  or unset RAY_ADDRESS"
+        ) from None
+    try:
+        yield ray
+    finally:
+        ray.shutdown()

@@ -1,0 +1,351 @@
+"""Settings: frozen dataclasses whose field comments are the help text; a script's last line makes it a command.
+
+    @dataclass(frozen=True)
+    class Settings:
+        source: str                                   # folder of rollouts
+        min_gap: float = 0.0                          # least difference of rewards between the two sides of a pair
+        render: RenderSettings = RenderSettings()     # nested settings are reached with --set render.max_length=512
+
+    def main(settings: Settings) -> None: ...
+
+    if __name__ == "__main__":
+        command(main)
+
+gives  `--source S --min-gap 0.5 --config FILE.yaml --set render.max_length=512 --dry-run --help`. What is said last wins, in this
+order: the defaults, the file, `--set`, the named options. Unknown names fail with a suggestion.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import inspect
+import io
+import os
+import sys
+import tokenize
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from rayward.errors import Interrupted, RaywardError, SettingsError, UserError
+
+T = TypeVar("T")
+
+
+def suggest(name: str, known: Sequence[str]) -> str:
+    """A way out for a name that is not known.
+
+    >>> suggest("bradly_terry", ["bradley_terry", "plackett_luce"])
+    'did you mean bradley_terry? Known: bradley_terry, plackett_luce'
+    """
+    close = difflib.get_close_matches(name, known, n=1)
+    return (f"did you mean {close[0]}? " if close else "") + "Known: " + ", ".join(sorted(known))
+
+
+def choose(table: Mapping[str, T], name: str, what: str) -> T:
+    """The entry of a table by name, or the user's own as `module:attribute`.
+
+    >>> choose({"one": 1}, "one", "number")
+    1
+    >>> choose({"one": 1}, "math:pi", "number")
+    3.141592653589793
+    >>> choose({"one": 1}, "onne", "number")
+    Traceback (most recent call last):
+    rayward.errors.SettingsError: number=onne is not known
+      -> did you mean one? Known: one; or your own as module:name
+    """
+    if name in table:
+        return table[name]
+    module, colon, attribute = name.partition(":")
+    if colon:
+        try:
+            return getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise SettingsError(f"{what}={name} cannot be imported: {error}", "is the module on PYTHONPATH?") from None
+    raise SettingsError(f"{what}={name} is not known", suggest(name, list(table)) + "; or your own as module:name")
+
+
+# ------------------------------------------------------------------------------------------ from words to a settings object
+
+
+def resolve(cls: type[T], given: Mapping[str, Any], where: str = "") -> T:
+    """Build settings of class `cls` from plain values (YAML, `--set`, options): nested, typed, with names checked.
+
+    >>> @dataclasses.dataclass(frozen=True)
+    ... class Body:
+    ...     name: str
+    ...     width: int = 64
+    >>> resolve(Body, {"name": "a", "width": "128"})
+    Body(name='a', width=128)
+    >>> resolve(Body, {"name": "a", "widht": 1}, where="body.")
+    Traceback (most recent call last):
+    rayward.errors.SettingsError: body.widht is not a setting
+      -> did you mean width? Known: name, width
+    """
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    hints = get_type_hints(cls)
+    for name in given:
+        if name not in fields:
+            raise SettingsError(f"{where}{name} is not a setting", suggest(name, list(fields)))
+    missing = [n for n, f in fields.items() if n not in given and f.default is f.default_factory is dataclasses.MISSING]
+    if missing:
+        options = " ".join(f"--{where}{n.replace('_', '-')} ..." for n in missing)
+        raise SettingsError(f"missing: {', '.join(where + n for n in missing)}", f"add {options}, or put it into --config FILE.yaml")
+    values = {name: convert(hints[name], value, where + name) for name, value in given.items()}
+    try:
+        return cls(**values)
+    except SettingsError:
+        raise
+    except ValueError as error:
+        raise SettingsError(f"{where.rstrip('.') or 'settings'}: {error}") from None
+
+
+def convert(kind: Any, value: Any, where: str) -> Any:
+    """A plain value as the annotated type, or SettingsError that names the setting, the value and the type.
+
+    >>> convert(int, "3", "steps"), convert(bool, "no", "shuffle"), convert(tuple[str, ...], "a,b", "names")
+    (3, False, ('a', 'b'))
+    >>> convert(int, "3.5", "steps")
+    Traceback (most recent call last):
+    rayward.errors.SettingsError: steps='3.5' is not a whole number
+    """
+    origin = get_origin(kind)
+    if dataclasses.is_dataclass(kind):
+        if isinstance(value, kind):  # type: ignore[arg-type]
+            return value
+        if not isinstance(value, Mapping):
+            raise SettingsError(f"{where}={value!r} is a group of settings", f"name one: {where}.NAME=VALUE")
+        return resolve(kind, value, where + ".")  # type: ignore[arg-type]
+    if origin in (Union, types.UnionType):
+        if value is None or (isinstance(value, str) and value.lower() in ("none", "null", "")):
+            if type(None) in get_args(kind):
+                return None
+        return convert(next(a for a in get_args(kind) if a is not type(None)), value, where)
+    if origin is Literal:
+        if value not in get_args(kind):
+            raise SettingsError(f"{where}={value!r} is not one of the choices", suggest(str(value), [str(a) for a in get_args(kind)]))
+        return value
+    if origin is tuple:
+        parts = [p for p in value.split(",") if p] if isinstance(value, str) else list(value)
+        return tuple(convert(get_args(kind)[0], p, where) for p in parts)
+    if kind is bool:
+        words = {"true": True, "yes": True, "1": True, "on": True, "false": False, "no": False, "0": False, "off": False}
+        if isinstance(value, bool):
+            return value
+        if str(value).lower() in words:
+            return words[str(value).lower()]
+        raise SettingsError(f"{where}={value!r} is neither true nor false")
+    if kind in (int, float):
+        try:
+            if isinstance(value, bool):
+                raise ValueError
+            number = float(value)
+            if kind is float:
+                return number
+            if number != int(number):
+                raise ValueError
+            return int(value) if isinstance(value, int) else int(number)
+        except (TypeError, ValueError, OverflowError):
+            raise SettingsError(f"{where}={value!r} is not a {'whole ' if kind is int else ''}number") from None
+    if kind is str:
+        if isinstance(value, Mapping | list):
+            raise SettingsError(f"{where}={value!r} is not a text")
+        return str(value)
+    return value
+
+
+def as_dict(settings: Any) -> dict[str, Any]:
+    """Settings as plain values that YAML, JSON and MLflow take; tuples become lists.
+
+    >>> @dataclasses.dataclass(frozen=True)
+    ... class S:
+    ...     names: tuple[str, ...] = ("a",)
+    >>> as_dict(S())
+    {'names': ['a']}
+    """
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        if isinstance(value, list | tuple):
+            return [plain(v) for v in value]
+        return value
+
+    return plain(settings)
+
+
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings with dotted names.
+
+    >>> flatten({"a": 1, "b": {"c": 2}})
+    {'a': 1, 'b.c': 2}
+    """
+    flat: dict[str, Any] = {}
+    for name, value in nested.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat
+
+
+def merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` laid on `base`, group by group.
+
+    >>> merge({"a": {"x": 1, "y": 2}}, {"a": {"y": 3}})
+    {'a': {'x': 1, 'y': 3}}
+    """
+    merged = dict(base)
+    for name, value in over.items():
+        below = merged.get(name)
+        merged[name] = merge(below, value) if isinstance(below, dict) and isinstance(value, Mapping) else value
+    return merged
+
+
+def parse_sets(assignments: Sequence[str]) -> dict[str, Any]:
+    """`a.b=c` words as nested plain values; the value is read as YAML, so `null`, `true` and `[1, 2]` mean what they say.
+
+    >>> parse_sets(["train.lr=1e-4", "model.pooling=mean"])
+    {'train': {'lr': '1e-4'}, 'model': {'pooling': 'mean'}}
+    """
+    import yaml
+
+    given: dict[str, Any] = {}
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals or not name:
+            raise SettingsError(f"--set {assignment}: there is no name=value in it", "write --set group.name=value")
+        try:
+            value = yaml.safe_load(text) if text else ""
+        except yaml.YAMLError:
+            value = text
+        for part in reversed(name.split(".")):
+            value = {part: value}
+        given = merge(given, value)
+    return given
+
+
+def read_file(path: str) -> dict[str, Any]:
+    """A YAML file of settings as nested plain values."""
+    import yaml
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = yaml.safe_load(file) or {}
+    except OSError as error:
+        raise SettingsError(f"--config {path} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SettingsError(f"--config {path} is not YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise SettingsError(f"--config {path} holds a {type(content).__name__}", "write one `name: value` a line")
+    return content
+
+
+# ------------------------------------------------------------------------------------------------------- a typer command
+
+
+def field_help(cls: type) -> dict[str, str]:
+    """The comment behind every field of a dataclass, and comment lines that go on below it."""
+    try:
+        source = inspect.getsource(cls)
+    except (OSError, TypeError):
+        return {}
+    names = {f.name for f in dataclasses.fields(cls)}
+    help_of: dict[str, str] = {}
+    current = ""
+    starts_line = True
+    for token in tokenize.generate_tokens(io.StringIO(inspect.cleandoc(source)).readline):
+        if token.type == tokenize.NAME and starts_line and token.string in names:
+            current = token.string
+        elif token.type == tokenize.COMMENT and current:
+            help_of[current] = (help_of.get(current, "") + " " + token.string.lstrip("# ")).strip()
+        if token.type in (tokenize.NEWLINE, tokenize.NL, tokenize.INDENT, tokenize.DEDENT):
+            starts_line = True
+        elif token.type != tokenize.COMMENT:
+            starts_line = False
+    return help_of
+
+
+def command(main: Callable[[Any], None]) -> None:
+    """Run `main(settings)` as a command whose options are the fields of its settings class."""
+    import typer
+
+    cls = next(iter(get_type_hints(main).values()))
+    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    app.command(help=inspect.cleandoc(sys.modules[main.__module__].__doc__ or ""))(_typer_function(main, cls))
+    guarded(app)
+
+
+def _typer_function(main: Callable[[Any], None], cls: type) -> Callable[..., None]:
+    """A function with one typer option per plain field, plus --config, --set and --dry-run."""
+    import typer
+
+    hints, help_of = get_type_hints(cls), field_help(cls)
+    parameters: list[inspect.Parameter] = []
+    nested: list[str] = []
+
+    def add(name: str, option: str, kind: Any, text: str, default: Any = None) -> None:
+        annotation = typing.Annotated[kind, typer.Option(option, help=text, show_default=False)]
+        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation))
+
+    for field in dataclasses.fields(cls):
+        kind, text = hints[field.name], help_of.get(field.name) or ""
+        flag = "--" + field.name.replace("_", "-")
+        if dataclasses.is_dataclass(kind):
+            inner = field_help(kind)  # type: ignore[arg-type]
+            defaults = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+            nested += [f"--set {field.name}.{f.name}={getattr(defaults, f.name)}  ({inner.get(f.name) or ''})"
+                       for f in dataclasses.fields(kind)]  # fmt: skip
+            continue
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            text += " [required]"
+        elif field.default not in (None, ""):
+            text += f" [default: {field.default}]"
+        if get_origin(kind) is Literal:
+            text += f" [one of: {', '.join(map(str, get_args(kind)))}]"
+        if kind is bool:
+            add(field.name, f"{flag}/--no-{flag[2:]}", bool | None, text)
+        else:
+            add(field.name, flag, str | None, text)
+    more = ("\b\n" + "\n".join(nested)) if nested else ""
+    add("config", "--config", str | None, "a YAML file of settings")
+    add("set_", "--set", list[str] | None, "any setting by its dotted name, e.g. --set " + (nested[0][6:].split("  ")[0] if nested else "name=value"))
+    add("dry_run", "--dry-run", bool, "print the resolved settings and stop", False)
+
+    def run(**options: Any) -> None:
+        config, sets, dry = options.pop("config"), options.pop("set_"), options.pop("dry_run")
+        given = merge(read_file(config) if config else {}, parse_sets(sets or []))
+        settings = resolve(cls, merge(given, {n: v for n, v in options.items() if v is not None}))
+        if dry:
+            import yaml
+
+            print(yaml.safe_dump(as_dict(settings), sort_keys=False, allow_unicode=True), end="")
+        else:
+            main(settings)
+
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__doc__ = more
+    module = sys.modules[main.__module__]
+    if nested:
+        module.__doc__ = f"{inspect.cleandoc(module.__doc__ or '')}\n\n\b\nNested settings (and their defaults):\n" + "\n".join("  " + n for n in nested)
+    return run
+
+
+def guarded(app: Callable[[], Any]) -> None:
+    """Run a command line; a user's mistake is one message on stderr and exit code 2. RAYWARD_TRACEBACK=1 shows where it came from."""
+    try:
+        app()
+    except UserError as error:
+        if os.environ.get("RAYWARD_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (Interrupted, KeyboardInterrupt) as error:
+        print(f"\nstopped: {error or 'nothing half-written is left behind; run the same command again'}", file=sys.stderr)
+        sys.exit(130)
+    except RaywardError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except BrokenPipeError:  # the reader went away (`| head`), which is no error of ours
+        sys.stderr.close()
+        sys.exit(0)
