@@ -33,6 +33,8 @@ def connect() -> Iterator[Any]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the coming default, which spares a warning
     import ray
 
+    for name in ("ray.data", "ray._private.authentication.authentication_token_setup"):
+        logging.getLogger(name).setLevel(logging.ERROR)  # our own bar speaks; Ray's start-up lines and hints do not
     if ray.is_initialized():
         yield ray
         return

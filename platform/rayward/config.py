@@ -271,13 +271,17 @@ def command(main: Callable[[Any], None]) -> None:
     import typer
 
     cls = next(iter(get_type_hints(main).values()))
+    run, nested = _typer_function(main, cls)
+    text = inspect.cleandoc(sys.modules[main.__module__].__doc__ or "").replace("\n\n    ", "\n\n\b\n    ")
+    if nested:
+        text += "\n\n\b\nNested settings, with their defaults:\n" + "\n".join("  " + line for line in nested)
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-    app.command(help=inspect.cleandoc(sys.modules[main.__module__].__doc__ or ""))(_typer_function(main, cls))
+    app.command(help=text, context_settings={"max_content_width": 120})(run)
     guarded(app)
 
 
-def _typer_function(main: Callable[[Any], None], cls: type) -> Callable[..., None]:
-    """A function with one typer option per plain field, plus --config, --set and --dry-run."""
+def _typer_function(main: Callable[[Any], None], cls: type) -> tuple[Callable[..., None], list[str]]:
+    """A function with one typer option per plain field, plus --config, --set and --dry-run; and a line of help per nested setting."""
     import typer
 
     hints, help_of = get_type_hints(cls), field_help(cls)
@@ -294,8 +298,8 @@ def _typer_function(main: Callable[[Any], None], cls: type) -> Callable[..., Non
         if dataclasses.is_dataclass(kind):
             inner = field_help(kind)  # type: ignore[arg-type]
             defaults = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
-            nested += [f"--set {field.name}.{f.name}={getattr(defaults, f.name)}  ({inner.get(f.name) or ''})"
-                       for f in dataclasses.fields(kind)]  # fmt: skip
+            for f in dataclasses.fields(kind):  # type: ignore[arg-type]
+                nested.append(f"--set {field.name}.{f.name}={getattr(defaults, f.name)}".ljust(46) + "  " + (inner.get(f.name) or ""))
             continue
         if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             text += " [required]"
@@ -307,9 +311,8 @@ def _typer_function(main: Callable[[Any], None], cls: type) -> Callable[..., Non
             add(field.name, f"{flag}/--no-{flag[2:]}", bool | None, text)
         else:
             add(field.name, flag, str | None, text)
-    more = ("\b\n" + "\n".join(nested)) if nested else ""
     add("config", "--config", str | None, "a YAML file of settings")
-    add("set_", "--set", list[str] | None, "any setting by its dotted name, e.g. --set " + (nested[0][6:].split("  ")[0] if nested else "name=value"))
+    add("set_", "--set", list[str] | None, "any setting by its dotted name: --set group.name=value (repeatable)")
     add("dry_run", "--dry-run", bool, "print the resolved settings and stop", False)
 
     def run(**options: Any) -> None:
@@ -324,11 +327,7 @@ def _typer_function(main: Callable[[Any], None], cls: type) -> Callable[..., Non
             main(settings)
 
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    run.__doc__ = more
-    module = sys.modules[main.__module__]
-    if nested:
-        module.__doc__ = f"{inspect.cleandoc(module.__doc__ or '')}\n\n\b\nNested settings (and their defaults):\n" + "\n".join("  " + n for n in nested)
-    return run
+    return run, nested
 
 
 def guarded(app: Callable[[], Any]) -> None:

@@ -1,0 +1,176 @@
+"""Batching: which examples go together, and how they lie in packed rows.
+
+Shape letters: G examples (groups), K places in the widest group, B rows, T tokens of a row.
+
+A packed row holds whole groups: a prompt, then its answers. A token attends to earlier tokens of its own answer and to its own prompt,
+and to nothing else; every answer's positions continue from the prompt's end. So a prompt is encoded once, however many answers it has,
+and every score equals the one the answer gets alone (`reward_model` checks this on the model at hand before it relies on it).
+Where a model cannot do that (encoders, recurrent mixers), every answer is a row of its own, with the prompt in front.
+
+Which groups make a step, and how they are cut into micro-batches, is a pure function of (lengths, settings, seed, epoch): the same
+on any number of workers, before and after a crash.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rayward.rendering import Group
+
+ANSWERS = 1 << 12  # segment ids: group in row * ANSWERS + answer, 0 for the prompt; -1 is padding
+
+
+@dataclass(frozen=True)
+class BatchSettings:
+    """How examples are cut into steps and rows."""
+
+    size: int = 32  # examples in a step, over all workers and micro-batches
+    row_tokens: int = 320  # tokens a packed row aims at; attention costs grow with its square, a longer group gets a longer row
+    micro_tokens: int = 4096  # tokens that go through the model at once; a smaller number takes less memory and changes no loss
+
+    def __post_init__(self) -> None:
+        for name in ("size", "row_tokens", "micro_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Packed rows, and where in them scores are read."""
+
+    token_BT: Tensor  # int64
+    position_BT: Tensor  # int64; an answer's positions continue from its prompt's end
+    segment_BT: Tensor  # int64; who may attend to whom (ANSWERS)
+    place_GK: Tensor  # int64; flat index into B*T
+    target_GK: Tensor  # float32
+    mask_GK: Tensor  # bool; False where a group has fewer than K places
+    weight_G: Tensor  # float32
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same on another device."""
+        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in self.__dict__.items()})
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are no padding."""
+        return int((self.segment_BT >= 0).sum())
+
+    def mask_BTT(self) -> Tensor:
+        """mask[b, i, j]: token i attends to token j. Padding attends to itself, so that no row of a softmax is empty."""
+        segment = self.segment_BT
+        group, answer = segment // ANSWERS, segment % ANSWERS
+        T = segment.shape[1]
+        causal = torch.ones(T, T, dtype=torch.bool, device=segment.device).tril()
+        same_group = group[:, :, None] == group[:, None, :]
+        prompt_or_own = (answer[:, None, :] == 0) | (answer[:, :, None] == answer[:, None, :])
+        real = (segment >= 0)[:, :, None] & (segment >= 0)[:, None, :]
+        return (causal & same_group & prompt_or_own & real) | torch.eye(T, dtype=torch.bool, device=segment.device)
+
+
+def plan(examples: int, size: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """The examples of every step of an epoch: a permutation by (seed, epoch), cut into steps; the last one may be smaller.
+
+    >>> [len(step) for step in plan(10, 4, seed=0, epoch=0)], bool((plan(10, 4, 0, 0)[0] == plan(10, 4, 0, 1)[0]).all())
+    ([4, 4, 2], False)
+    """
+    order = np.random.default_rng([seed, epoch]).permutation(examples)
+    return [order[start : start + size] for start in range(0, examples, size)]
+
+
+def micro_batches(groups: Sequence[Group], settings: BatchSettings, shared: bool) -> Iterator[tuple[list[int], Batch]]:
+    """Groups as batches of at most `micro_tokens` tokens (or one row), rows of like length together; with the numbers of the groups."""
+    if not groups:
+        return
+    if shared:
+        rows = pack([len(g.token_T) for g in groups], settings.row_tokens)
+        lengths = [sum(len(groups[n].token_T) for n in row) for row in rows]
+    else:
+        rows = [[n] for n in range(len(groups))]
+        lengths = [g.longest for g in groups]
+    order = sorted(range(len(rows)), key=lambda r: (-lengths[r], rows[r][0]))
+    chunk: list[int] = []
+    height = 0
+    for r in order:
+        tall = 1 if shared else groups[rows[r][0]].answers
+        first = lengths[chunk[0]] if chunk else 0
+        if chunk and ((height + tall) * first > settings.micro_tokens or lengths[r] < 0.75 * first):
+            yield [n for c in chunk for n in rows[c]], collate([[groups[n] for n in rows[c]] for c in chunk], shared)
+            chunk, height = [], 0
+        chunk.append(r)
+        height += tall
+    yield [n for c in chunk for n in rows[c]], collate([[groups[n] for n in rows[c]] for c in chunk], shared)
+
+
+def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """First-fit decreasing: which items lie in which row of `capacity`; an item longer than that has a row of its own.
+
+    >>> pack([5, 9, 3, 4, 30], 10)
+    [[4], [1], [0, 3], [2]]
+    """
+    rows: list[list[int]] = []
+    free: list[int] = []
+    for n in sorted(range(len(lengths)), key=lambda n: (-lengths[n], n)):
+        row = next((r for r, space in enumerate(free) if space >= lengths[n]), len(rows))
+        if row == len(rows):
+            rows.append([])
+            free.append(max(capacity, lengths[n]) if lengths[n] <= capacity else lengths[n])
+        rows[row].append(n)
+        free[row] -= lengths[n]
+    return rows
+
+
+def collate(rows: Sequence[Sequence[Group]], shared: bool) -> Batch:
+    """Rows of groups as one batch, padded to the longest row. With `shared` a row holds its groups; else every answer is a row."""
+    groups = [group for row in rows for group in row]
+    K = max(len(g.target_K) for g in groups)
+    token: list[np.ndarray] = []
+    position: list[np.ndarray] = []
+    segment: list[np.ndarray] = []
+    places: list[tuple[np.ndarray, np.ndarray]] = []  # (row, column) of each place of each group
+    for row in rows:
+        if shared:
+            start = 0
+            for number, group in enumerate(row):
+                columns = group.place_K.astype(np.int64) + start
+                places.append((np.full(len(columns), len(token)), columns))
+                start += len(group.token_T)
+            token.append(np.concatenate([g.token_T for g in row]))
+            position.append(np.concatenate([_positions(g) for g in row]))
+            segment.append(np.concatenate([_segments(g, number) for number, g in enumerate(row)]))
+            continue
+        for group in row:
+            first_row, prompt = len(token), group.length_A[0]
+            ends = np.cumsum(group.length_A)
+            for n in range(group.answers):
+                ids = np.concatenate([group.token_T[:prompt], group.token_T[ends[n] : ends[n + 1]]])
+                token.append(ids)
+                position.append(np.arange(len(ids)))
+                segment.append(np.zeros(len(ids), np.int64))
+            answer = np.searchsorted(ends, group.place_K, side="right") - 1
+            places.append((first_row + answer, group.place_K - ends[answer] + prompt))
+    B, T = len(token), max(map(len, token))
+    token_BT, position_BT, segment_BT = np.zeros((B, T), np.int64), np.zeros((B, T), np.int64), np.full((B, T), -1, np.int64)
+    for b, (ids, at, who) in enumerate(zip(token, position, segment, strict=True)):
+        token_BT[b, : len(ids)], position_BT[b, : len(ids)], segment_BT[b, : len(ids)] = ids, at, who
+    G = len(groups)
+    place_GK, target_GK, mask_GK = np.zeros((G, K), np.int64), np.zeros((G, K), np.float32), np.zeros((G, K), bool)
+    for g, (group, (row_at, column)) in enumerate(zip(groups, places, strict=True)):
+        k = len(group.target_K)
+        place_GK[g, :k], target_GK[g, :k], mask_GK[g, :k] = row_at * T + column, group.target_K, True
+    weight_G = np.array([g.weight for g in groups], np.float32)
+    return Batch(*map(torch.from_numpy, (token_BT, position_BT, segment_BT, place_GK, target_GK, mask_GK, weight_G)))
+
+
+def _positions(group: Group) -> np.ndarray:
+    prompt = int(group.length_A[0])
+    return np.concatenate([np.arange(prompt), *(np.arange(prompt, prompt + n) for n in group.length_A[1:])])
+
+
+def _segments(group: Group, number: int) -> np.ndarray:
+    assert group.answers < ANSWERS, f"{group.answers} answers are more than a segment id can tell apart"
+    return number * ANSWERS + np.repeat(np.arange(group.answers + 1), group.length_A)

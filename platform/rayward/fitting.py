@@ -1,0 +1,384 @@
+"""Fit a reward model: from a folder of examples to a folder with a model, in this process or on Ray Train workers.
+
+    OUTPUT/
+      settings.json     what was asked for; the same command goes on from the last checkpoint, another one is refused
+      groups/           the examples in tokens, memory-mapped by every worker; what did not fit lies in rejects.parquet
+      run/              checkpoints, metrics.jsonl
+      model/            the result: a Hugging Face folder
+
+One worker runs in this process (a group of two costs a quarter of a minute before its first step); more run under a TorchTrainer that
+restarts the group when a worker dies, from the checkpoints in OUTPUT, which all workers must see.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from rayward import checkpoints, cluster, metrics
+from rayward.batching import BatchSettings
+from rayward.config import as_dict, flatten, resolve
+from rayward.errors import Interrupted, RaywardError, SettingsError
+from rayward.labels import LABELERS
+from rayward.objectives import Objective, make_objective
+from rayward.progress import Progress
+from rayward.records import examples_of, rejects_table
+from rayward.rendering import Groups, Renderer, RenderSettings, write_groups
+from rayward.reward_model import Loaded, ModelSettings, load_model, save_model, score_groups, tiny_model
+from rayward.splits import Shares, side
+from rayward.storage import Dataset, open_dataset
+from rayward.training import Report, Run, Team, TrainSettings, train
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """Everything a fit depends on."""
+
+    examples: str  # folder of examples, or of a split with train/ and validation/
+    model: str  # folder or hub name of a model, or `tiny` for a small decoder from scratch
+    objective: str  # an entry of objectives.OBJECTIVES, module:loss, or auto (what the examples were labeled for)
+    net: ModelSettings
+    render: RenderSettings
+    batch: BatchSettings
+    train: TrainSettings
+    validation_share: float  # share of prompts held out where the examples have no validation side
+
+
+@dataclass(frozen=True)
+class Sides:
+    """What is trained on and what is validated on."""
+
+    dataset: Dataset
+    train: Sequence[pa.Table]
+    validation: Sequence[pa.Table]
+
+    @property
+    def labeler(self) -> str:
+        """The kind of label: pairs, rankings, outcomes or steps; empty if another pipeline made it."""
+        return labeler_of(self.dataset.manifest.made_by, self.dataset.manifest.inputs)
+
+
+def labeler_of(made_by: str, inputs: Sequence[Mapping[str, Any]]) -> str:
+    """Which labeler made the examples, through splits and other pipelines in between.
+
+    >>> labeler_of("split_examples", [{"made_by": "label_pairs", "inputs": []}])
+    'pairs'
+    """
+    name = made_by.removeprefix("label_")
+    if name in LABELERS:
+        return name
+    return next((found for i in inputs if (found := labeler_of(i.get("made_by") or "", i.get("inputs") or []))), "")
+
+
+def open_sides(examples: str, validation_share: float) -> Sides:
+    """The sides of a split, or a held-out share of the prompts: never examples that are trained on."""
+    folder = Path(examples)
+    if (folder / "train" / "manifest.json").is_file():
+        train_side = open_dataset(folder / "train", "examples")
+        held = list(open_dataset(folder / "validation", "examples").tables()) if (folder / "validation").is_dir() else []
+        return Sides(train_side, list(train_side.tables()), held)
+    dataset = open_dataset(folder, "examples")
+    shares = Shares(validation=validation_share, test=0.0, salt="validation while training")
+    train_tables, held = [], []
+    for table in dataset.tables():
+        is_held = np.array([side(h, shares) == "validation" for h in table["prompt_id"].to_pylist()], bool)
+        train_tables.append(table.filter(pa.array(~is_held)))
+        held.append(table.filter(pa.array(is_held)))
+    return Sides(dataset, train_tables, held)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a fit ended with."""
+
+    model: Path
+    notes: dict[str, Any]  # what the model's config says of itself
+    metrics: dict[str, float]  # of the kept weights, on validation
+    examples: dict[str, int]  # groups trained on, validated on, rejected
+
+
+def fit(settings: FitSettings, output: str, workers: int = 1, report: Report = lambda line: None) -> Fitted:
+    """Train, or go on training, and leave the model in OUTPUT/model."""
+    folder = Path(output).absolute()
+    sides = open_sides(settings.examples, settings.validation_share)
+    settings = replace(settings, objective=_objective_name(settings.objective, sides))
+    objective = make_objective(settings.objective)
+    _claim(folder, settings, sides)
+    loaded = _prepare(folder, settings, sides)
+    train_groups, held = Groups(folder / "groups" / "train"), _held_groups(folder)
+    _check_targets(settings.objective, objective, train_groups)
+    if workers == 1:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        _train_here(folder, settings, loaded.model.to(device), report)
+    else:
+        _train_on_workers(folder, settings, workers, report)
+    state = _load_kept(folder, settings, loaded)
+    notes = {
+        "objective": settings.objective,
+        "labeler": sides.labeler,
+        "render": as_dict(settings.render),
+        "base_model": settings.model,
+        "data_digest": sides.dataset.manifest.digest,
+        "chat_template_sha256": hashlib.sha256(str(loaded.tokenizer.chat_template).encode()).hexdigest(),
+        "temperature": _temperature(loaded, held, objective, settings) if held is not None else None,
+    }
+    save_model(loaded.model, loaded.tokenizer, folder / "model", notes)
+    rejects = pq.read_table(folder / "groups" / "rejects.parquet").num_rows
+    counts = {"train": len(train_groups), "validation": len(held) if held is not None else 0, "rejected": rejects}
+    return Fitted(folder / "model", notes, {n: v for n, v in state.items() if n != "step"}, counts)
+
+
+# ------------------------------------------------------------------------------------------------------- before the training
+
+
+def _objective_name(name: str, sides: Sides) -> str:
+    if name != "auto":
+        return name
+    if sides.labeler not in LABELERS:
+        raise SettingsError(
+            f"objective=auto: {sides.dataset.path} does not say which labeler made it", "name one, e.g. --objective bradley_terry"
+        )
+    return LABELERS[sides.labeler].objective
+
+
+def _check_targets(name: str, objective: Objective, groups: Groups) -> None:
+    low, high = groups.target_range()
+    if objective.probabilities and (low < 0 or high > 1):
+        raise SettingsError(
+            f"objective={name} needs targets between 0 and 1; these lie between {low:g} and {high:g}",
+            "use bradley_terry or plackett_luce for rewards, or label outcomes or steps",
+        )
+    if not objective.probabilities and not groups.has_order():
+        raise SettingsError(
+            f"objective={name} compares places of one example, and no example has two with different targets",
+            "use --objective binary_cross_entropy, or label pairs or rankings",
+        )
+
+
+def _claim(folder: Path, settings: FitSettings, sides: Sides) -> None:
+    """Say whose OUTPUT this is; another run's checkpoints are never continued by accident."""
+    mine = {**as_dict(settings), "data_digest": sides.dataset.manifest.digest}
+    path = folder / "settings.json"
+    if path.exists():
+        theirs = json.loads(path.read_text(encoding="utf-8"))
+        if theirs != mine:
+            before, now = flatten(theirs), flatten(mine)
+            changed = [f"{n}: {before.get(n)} -> {now.get(n)}" for n in sorted(before.keys() | now.keys()) if before.get(n) != now.get(n)]
+            raise SettingsError(
+                f"{folder} holds a run with other settings ({'; '.join(changed[:4])}{'; ...' if len(changed) > 4 else ''})",
+                "choose another --output, or remove that folder",
+            )
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise SettingsError(f"{folder} is not empty and holds no run of this job", "choose another --output")
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(mine, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _prepare(folder: Path, settings: FitSettings, sides: Sides) -> Loaded:
+    """The model to start from and the examples in tokens, once; a run that goes on finds them there."""
+    start, ready = folder / "start", folder / "groups" / "rejects.parquet"
+    if settings.model == "tiny":
+        if not start.is_dir():
+            words = (e for table in sides.train for e in examples_of(table))
+            fresh = tiny_model(words, settings.net, settings.render.max_length, settings.train.seed)
+            _save_whole(fresh, start)
+        loaded = load_model(str(start), replace(settings.net, new_head=False), settings.render.max_length)
+    elif settings.net.new_head:
+        if not start.is_dir():
+            torch.manual_seed(settings.train.seed)
+            _save_whole(load_model(settings.model, settings.net, settings.render.max_length), start)
+        loaded = load_model(str(start), replace(settings.net, new_head=False), settings.render.max_length)
+    else:
+        loaded = load_model(settings.model, settings.net, settings.render.max_length)
+    if not loaded.model.shares_prefix:
+        print("this model cannot share a prompt among its answers: every answer is a sequence of its own, with the prompt in front")
+    if not ready.is_file():
+        shutil.rmtree(folder / "groups", ignore_errors=True)
+        renderer = Renderer(loaded.tokenizer, settings.render)
+        rejects = write_groups(folder / "groups" / "train", sides.train, renderer)
+        if sum(t.num_rows for t in sides.validation):
+            rejects += write_groups(folder / "groups" / "validation", sides.validation, renderer)
+        pq.write_table(rejects_table(rejects), ready)
+    reasons = Counter(r.partition(":")[0] for r in pq.read_table(ready)["reason"].to_pylist())
+    if reasons:
+        said = ", ".join(f"{reason} {n:,}" for reason, n in reasons.most_common())
+        print(f"{sum(reasons.values()):,} examples left out ({said}); see {ready}")
+    return loaded
+
+
+def _save_whole(loaded: Loaded, folder: Path) -> None:
+    aside = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    save_model(loaded.model, loaded.tokenizer, aside, loaded.notes)
+    aside.rename(folder)
+
+
+def _held_groups(folder: Path) -> Groups | None:
+    held = folder / "groups" / "validation"
+    return Groups(held) if held.is_dir() else None
+
+
+# ------------------------------------------------------------------------------------------------------------- the training
+
+
+def _run(folder: Path, settings: FitSettings, loaded_model: Any, report: Report, team: Team) -> Run:
+    return Run(
+        model=loaded_model,
+        groups=Groups(folder / "groups" / "train"),
+        validation=_held_groups(folder),
+        objective=make_objective(settings.objective),
+        train=settings.train,
+        batch=settings.batch,
+        folder=folder / "run",
+        report=report,
+        team=team,
+    )
+
+
+def _train_here(folder: Path, settings: FitSettings, model: Any, report: Report) -> None:
+    run = _run(folder, settings, model, lambda line: None, Team())
+    kept = checkpoints.steps(run.folder)
+    begun = json.loads((kept[-1] / "state.json").read_text(encoding="utf-8"))["step"] if kept else 0
+    with Progress("train", total=run.total, unit="steps", start=begun) as bar:
+        if begun:
+            print(f"going on from step {begun} of {run.total}")
+        train(replace(run, report=_telling(bar, report)))
+
+
+def _telling(bar: Progress, report: Report) -> Report:
+    """Show a line of metrics behind the bar, and pass it on."""
+    said: dict[str, str] = {}
+
+    def tell(line: dict[str, float]) -> None:
+        names = {"loss": "loss", "accuracy": "accuracy", "validation_loss": "val-loss", "validation_accuracy": "val-accuracy"}
+        said.update({short: f"{line[n]:.3f}" for n, short in names.items() if n in line})
+        if "tokens_per_s" in line:
+            said["tokens/s"] = f"{line['tokens_per_s']:,.0f}"
+        bar.advance(int(line["step"]) - bar.done, **said)
+        report(line)
+
+    return tell
+
+
+def _train_on_workers(folder: Path, settings: FitSettings, workers: int, report: Report) -> None:
+    """A TorchTrainer group whose workers read and write OUTPUT; this process shows the progress and passes the metrics on."""
+    with cluster.connect() as ray:
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchTrainer
+
+        gpus = ray.cluster_resources().get("GPU") or 0
+        if workers > ray.cluster_resources()["CPU"]:
+            raise SettingsError(
+                f"--workers {workers} needs {workers} CPUs and this cluster has {ray.cluster_resources()['CPU']:g}", "ask for fewer workers"
+            )
+        trainer = TorchTrainer(
+            _worker,
+            train_loop_config={"folder": str(folder), "settings": as_dict(settings)},
+            scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus >= workers, resources_per_worker={"CPU": 1}),
+            run_config=RunConfig(
+                name=f"fit-{time.time_ns()}",  # Ray resumes a name it has seen; ours is the only way to resume
+                storage_path=str(folder / "ray"),
+                failure_config=FailureConfig(max_failures=3, controller_failure_limit=3),
+            ),
+        )
+        total = _run(folder, settings, None, report, Team()).total
+        with Progress("train", total=total, unit="steps") as bar, _following(folder / "run" / "metrics.jsonl", _telling(bar, report)):
+            try:
+                trainer.fit()
+            except KeyboardInterrupt:
+                raise Interrupted(f"the last checkpoint is kept in {folder / 'run'}; the same command goes on from there") from None
+            except Exception as error:  # Ray wraps what a worker raised in several layers of its own
+                raise RaywardError(f"training failed on the workers: {_innermost(error)}") from error
+        shutil.rmtree(folder / "ray", ignore_errors=True)
+
+
+def _innermost(error: BaseException) -> str:
+    inner = getattr(error, "worker_failures", None) or {}
+    return str(next(iter(inner.values()), error)).strip().splitlines()[-1]
+
+
+def _worker(config: dict[str, Any]) -> None:
+    """What every Ray Train worker does."""
+    import ray.train
+    import ray.train.torch
+
+    folder, settings = Path(config["folder"]), resolve(FitSettings, config["settings"])
+    device = ray.train.torch.get_device()
+    torch.set_num_threads(max(1, cluster.cores() // ray.train.get_context().get_local_world_size()))
+    start = folder / "start"
+    path = str(start) if start.is_dir() else settings.model
+    loaded = load_model(path, replace(settings.net, new_head=False), settings.render.max_length)
+    train(_run(folder, settings, loaded.model.to(device), lambda line: None, Team.here()))
+
+
+@contextmanager
+def _following(path: Path, tell: Report) -> Iterator[None]:
+    """Pass on every line of a growing file of metrics, once per step and kind."""
+    stop, seen = threading.Event(), set()
+
+    def look() -> None:
+        if not path.exists():
+            return
+        for text in path.read_text(encoding="utf-8").splitlines():
+            if text.endswith("}") and text not in seen:
+                seen.add(text)
+                tell(json.loads(text))
+
+    def follow() -> None:
+        while not stop.wait(1.0):
+            look()
+
+    if path.exists():
+        seen.update(path.read_text(encoding="utf-8").splitlines())
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        look()
+
+
+# -------------------------------------------------------------------------------------------------------- after the training
+
+
+def _load_kept(folder: Path, settings: FitSettings, loaded: Loaded) -> dict[str, Any]:
+    """Put the weights to keep into the model: the best on validation, or the last."""
+    run = folder / "run"
+    best = run / "best"
+    path = best if settings.train.best_by != "last" and (best / "state.json").is_file() else checkpoints.steps(run)[-1]
+    state = checkpoints.load(path, loaded.model.classifier, None)
+    return state if path == best else {"step": state["step"]}
+
+
+def _temperature(loaded: Loaded, held: Groups, objective: Objective, settings: FitSettings) -> float:
+    """The temperature that calibrates the scores (or their differences) on the validation side."""
+    groups = [held[n] for n in range(len(held))]
+    scores = score_groups(loaded.model, groups, settings.batch, settings.train.precision)
+    if objective.probabilities:
+        return metrics.fit_temperature(np.concatenate(scores), np.concatenate([g.target_K for g in groups]))
+    gaps = [
+        s[i] - s[j]
+        for s, g in zip(scores, groups, strict=True)
+        for i in range(len(s))
+        for j in range(len(s))
+        if g.target_K[i] > g.target_K[j]
+    ]
+    return metrics.fit_temperature(np.array(gaps), np.ones(len(gaps)))
+
+

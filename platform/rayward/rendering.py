@@ -1,0 +1,290 @@
+"""Rendering: an example becomes token ids and the places where its scores are read. The only user of a tokenizer.
+
+    prompt                 answer 1                answer 2
+    <|user|> 2+2? <|end|>  4 <|end|>               5 <|end|>
+    \\___ encoded once ___/         ^ place                ^ place
+
+Every token id is produced once: a text is rendered by the tokenizer's chat template where it has one and plainly where not, cut into
+the prompt and what follows it, and each piece is tokenized without special tokens being added (so no doubled BOS). A place is the
+last token of its segment, computed from character offsets and lengths, never searched by token id (pad == eos does not matter).
+
+Training, batch scoring, pyfunc and HTTP all come through here, so they see the same ids.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from rayward.errors import DataError, ModelError
+from rayward.records import Example, Message, Prompt, Rejected, examples_of
+
+CHUNK = 256  # examples that one call of the tokenizer takes
+
+
+@dataclass(frozen=True)
+class RenderSettings:
+    """How texts become tokens."""
+
+    max_length: int = 2048  # tokens of a prompt with one answer
+    too_long: Literal["reject", "cut_prompt", "cut_answer"] = "reject"  # what is done with more: left out with both lengths said,
+    # the start of the prompt cut off, or the end of the answer
+
+    def __post_init__(self) -> None:
+        if self.max_length < 2:
+            raise ValueError(f"max_length={self.max_length} must be at least 2 tokens")
+
+
+@dataclass(frozen=True)
+class Group:
+    """An example in tokens: the prompt, then its answers, one after the other."""
+
+    token_T: np.ndarray  # int32; prompt and all answers
+    length_A: np.ndarray  # int32; of the prompt, of answer 1, of answer 2, ...
+    place_K: np.ndarray  # int32; where in token_T a score is read, one per target
+    target_K: np.ndarray  # float32
+    weight: float
+
+    @property
+    def answers(self) -> int:
+        """How many answers it has."""
+        return len(self.length_A) - 1
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the prompt with its longest answer."""
+        return int(self.length_A[0] + self.length_A[1:].max())
+
+
+class Renderer:
+    """A tokenizer and how it is used."""
+
+    def __init__(self, tokenizer: Any, settings: RenderSettings):
+        if not getattr(tokenizer, "is_fast", False):
+            raise ModelError(
+                f"{type(tokenizer).__name__} does not tell which characters a token covers, so step ends cannot be placed",
+                "use the model's fast tokenizer (tokenizer.json)",
+            )
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self.templated = bool(getattr(tokenizer, "chat_template", None))
+        self.before, self.after = ([], []) if self.templated else _special_tokens(tokenizer)
+
+    def render(self, examples: Iterable[Example]) -> Iterator[Group | Rejected]:
+        """Each example as a group, or why it cannot be one, in the same order."""
+        chunk: list[Example] = []
+        for example in examples:
+            chunk.append(example)
+            if len(chunk) == CHUNK:
+                yield from self._render(chunk)
+                chunk = []
+        yield from self._render(chunk)
+
+    def _render(self, examples: Sequence[Example]) -> Iterator[Group | Rejected]:
+        texts: list[_Texts | str] = [self._texts(e) for e in examples]
+        pieces = [piece for t in texts if isinstance(t, _Texts) for piece in (t.prompt, *t.answers)]
+        encoded = iter(())
+        if pieces:
+            batch = self.tokenizer(pieces, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False)
+            encoded = iter(zip(batch["input_ids"], batch["offset_mapping"], strict=True))
+        for example, text in zip(examples, texts, strict=True):
+            if isinstance(text, str):
+                yield _reject(example, text)
+            else:
+                prompt = self.before + next(encoded)[0]
+                answers = [next(encoded) for _ in text.answers]
+                group = self._group(example, prompt, answers, text)
+                yield _reject(example, group) if isinstance(group, str) else group
+
+    def _texts(self, example: Example) -> _Texts | str:
+        """The pieces to tokenize, and where in each answer's piece its segments end; or a reason."""
+        answers = ["".join(answer) for answer in example.answers]
+        if self.templated:
+            from jinja2.exceptions import TemplateError
+
+            try:
+                prompt = self._template(example.prompt, open_answer=True)
+                wholes = [self._template((*example.prompt, Message("assistant", a)), open_answer=False) for a in answers]
+            except (TemplateError, ValueError) as error:
+                return f"chat template refuses: {error}"
+            prompt = os.path.commonprefix([prompt, *wholes])
+            tails = [whole[len(prompt) :] for whole in wholes]
+        else:
+            prompt, tails = plain(example.prompt), answers
+        ends = []
+        for answer, segments, tail in zip(answers, example.answers, tails, strict=True):
+            stripped = answer.strip()
+            at = tail.rfind(stripped) - (len(answer) - len(answer.lstrip()))
+            if len(segments) > 1 and stripped not in tail:
+                return "chat template changes the answer: its steps cannot be found in what is rendered"
+            sizes = np.cumsum([len(segment) for segment in segments])
+            ends.append([int(size) + at for size in sizes])
+        return _Texts(prompt, tails, ends)
+
+    def _template(self, messages: Prompt, open_answer: bool) -> str:
+        turns = [{"role": m.role, "content": m.content} for m in messages]
+        return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=open_answer))
+
+    def _group(self, example: Example, prompt: list[int], answers: list[tuple[list[int], list[tuple[int, int]]]], text: _Texts) -> Group | str:
+        ids: list[list[int]] = []
+        places: list[list[int]] = []
+        for (tokens, offsets), ends in zip(answers, text.ends, strict=True):
+            tokens = list(tokens) + self.after
+            starts = np.array([start for start, _ in offsets])
+            at = [int(np.searchsorted(starts, end, side="left")) - 1 for end in ends[:-1]] + [len(tokens) - 1]
+            if not tokens or at[0] < 0:
+                return "no token: a segment has none of its own"
+            if len(set(at)) < len(at):
+                return "no token: two steps end in one token"
+            ids.append(tokens)
+            places.append(at)
+        before = len(prompt)
+        cut = self._fit(prompt, ids, places)
+        if isinstance(cut, str):
+            return cut
+        prompt, ids = cut
+        if len(ids) == 2 and ids[0] == ids[1] and example.targets[0] != example.targets[1]:
+            was = "after truncation" if len(prompt) < before or any(len(i) < len(a[0]) for i, a in zip(ids, answers, strict=True)) else "in tokens"
+            return f"identical {was}: both answers are the same {len(ids[0])} tokens"
+        starts = np.cumsum([len(prompt), *map(len, ids)])
+        return Group(
+            token_T=np.array(prompt + [t for i in ids for t in i], np.int32),
+            length_A=np.array([len(prompt), *map(len, ids)], np.int32),
+            place_K=np.array([start + p for start, at in zip(starts, places, strict=False) for p in at], np.int32),
+            target_K=np.array(example.targets, np.float32),
+            weight=example.weight,
+        )
+
+    def _fit(self, prompt: list[int], ids: list[list[int]], places: list[list[int]]) -> tuple[list[int], list[list[int]]] | str:
+        """What fits into max_length, cut as the settings say; or a reason with both lengths."""
+        limit, longest = self.settings.max_length, max(map(len, ids))
+        if len(prompt) + longest <= limit:
+            return prompt, ids
+        too_long = f"too long: {len(prompt):,} + {longest:,} tokens of prompt and answer > {limit:,}"
+        fixed = len(self.before)  # BOS or CLS stays
+        if self.settings.too_long == "cut_prompt" and fixed + longest < limit:
+            return prompt[:fixed] + prompt[len(prompt) - (limit - longest - fixed) :], ids
+        if self.settings.too_long == "cut_answer" and len(prompt) < limit:
+            room = limit - len(prompt)
+            if any(p >= room for at in places for p in at[:-1]):
+                return too_long + ", and the end of a step would be cut off"
+            for n, tokens in enumerate(ids):
+                ids[n] = tokens[:room]
+                places[n][-1] = min(places[n][-1], room - 1)
+                if len(set(places[n])) < len(places[n]):
+                    return too_long + ", and a step would be cut off"
+            return prompt, ids
+        return too_long
+
+
+@dataclass(frozen=True)
+class _Texts:
+    prompt: str
+    answers: list[str]  # everything after the prompt
+    ends: list[list[int]]  # per answer, the character after each of its segments
+
+
+def _reject(example: Example, reason: str) -> Rejected:
+    return Rejected(source="examples", row=example.id, reason=reason)
+
+
+def plain(prompt: Prompt) -> str:
+    r"""A prompt for tokenizers without a chat template.
+
+    >>> plain((Message("system", "Be brief."), Message("user", "Hi")))
+    'System: Be brief.\n\nHuman: Hi\n\nAssistant: '
+    """
+    names = {"system": "System", "user": "Human", "assistant": "Assistant", "tool": "Tool"}
+    return "".join(f"{names[m.role]}: {m.content}\n\n" for m in prompt) + "Assistant: "
+
+
+def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts before and after a text (CLS and SEP, BOS); an end-of-text token where it puts nothing after."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    dressed = tokenizer("a")["input_ids"]
+    at = next((n for n in range(len(dressed)) if dressed[n : n + len(bare)] == bare), 0)
+    before, after = list(dressed[:at]), list(dressed[at + len(bare) :])
+    if not after and tokenizer.eos_token_id is not None:
+        after = [tokenizer.eos_token_id]
+    return before, after
+
+
+# -------------------------------------------------------------------------------------------------------- groups at rest
+
+_FILE = "groups.arrow"
+_SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("token_T", pa.list_(pa.int32())),
+        ("length_A", pa.list_(pa.int32())),
+        ("place_K", pa.list_(pa.int32())),
+        ("target_K", pa.list_(pa.float32())),
+        ("weight", pa.float64()),
+    ]
+)
+
+
+class Groups:
+    """Rendered examples in an Arrow file, memory-mapped: read by position, shared by all workers of a machine, never held in memory."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        with pa.memory_map(str(folder / _FILE)) as source:
+            table = pa.ipc.open_file(source).read_all()
+        self._offsets: dict[str, np.ndarray] = {}
+        self._values: dict[str, np.ndarray] = {}
+        for name in ("token_T", "length_A", "place_K", "target_K"):
+            column = table[name]
+            chunks = column.chunks or [pa.array([], column.type)]
+            lengths = [np.diff(c.offsets.to_numpy()) for c in chunks]
+            self._offsets[name] = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)
+            flat = [c.flatten().to_numpy() for c in chunks]
+            self._values[name] = flat[0] if len(flat) == 1 else np.concatenate(flat)
+        self.weight = table["weight"].to_numpy()
+        self.ids = table["id"]
+
+    def __len__(self) -> int:
+        return len(self.weight)
+
+    def __getitem__(self, n: int) -> Group:
+        parts = {name: self._values[name][self._offsets[name][n] : self._offsets[name][n + 1]] for name in self._values}
+        return Group(**parts, weight=float(self.weight[n]))
+
+    def has_order(self) -> bool:
+        """Whether some example has two different targets, which is what comparing objectives learn from."""
+        return any(np.ptp(self[n].target_K) > 0 for n in range(len(self)) if len(self[n].target_K) > 1)
+
+    def target_range(self) -> tuple[float, float]:
+        """The least and the largest target."""
+        values = self._values["target_K"]
+        return float(values.min()), float(values.max())
+
+
+def write_groups(folder: Path, tables: Iterable[pa.Table], renderer: Renderer) -> list[Rejected]:
+    """Render tables of examples into `folder`; returns what did not become a group."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rejects: list[Rejected] = []
+    written = 0
+    with pa.OSFile(str(folder / _FILE), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
+        for table in tables:
+            for start in range(0, table.num_rows, 4096):
+                examples = examples_of(table.slice(start, 4096))
+                rows = []
+                for example, made in zip(examples, renderer.render(examples), strict=True):
+                    if isinstance(made, Rejected):
+                        rejects.append(made)
+                    else:
+                        rows.append({"id": example.id, **made.__dict__})
+                written += len(rows)
+                if rows:
+                    writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=_SCHEMA))
+    if not written:
+        reasons = ", ".join(sorted({r.category for r in rejects})) or "there were none"
+        raise DataError(f"no example could be rendered ({reasons})", "if they are too long: --set render.max_length=... or render.too_long=cut_prompt")
+    return rejects

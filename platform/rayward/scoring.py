@@ -1,0 +1,132 @@
+"""Score: examples (or rollouts) in, scores out, with a model from a folder. The same code as in training, so the same numbers.
+
+>>> # scorer = Scorer.load("store/toy/pairs-model/model")
+>>> # scorer([example])[0]        one score per target of the example, in the same order
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from rayward import dataflow
+from rayward.batching import BatchSettings
+from rayward.config import resolve
+from rayward.dataflow import Made, Recipe
+from rayward.errors import DataError
+from rayward.records import Example, Rejected, Rollout, rejects_table, rollouts_of
+from rayward.rendering import Group, Renderer, RenderSettings
+from rayward.reward_model import ModelSettings, RewardModel, load_model, score_groups
+from rayward.storage import Dataset
+
+TOGETHER = 16  # most answers of a prompt that are scored in one group
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A model ready to score."""
+
+    model: RewardModel
+    renderer: Renderer
+    notes: dict[str, Any]
+    batch: BatchSettings = BatchSettings()
+
+    @classmethod
+    def load(cls, folder: str | Path, *, trust_remote_code: bool = False) -> Scorer:
+        """A trained model from its folder, on a GPU if there is one, rendering as it did in training."""
+        loaded = load_model(str(folder), ModelSettings(trust_remote_code=trust_remote_code))
+        render = resolve(RenderSettings, loaded.notes.get("render") or {})
+        model = loaded.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        return cls(model, Renderer(loaded.tokenizer, render), loaded.notes)
+
+    @property
+    def reads_steps(self) -> bool:
+        """Whether the model was trained to score the steps of an answer."""
+        return self.notes.get("labeler") == "steps"
+
+    @property
+    def temperature(self) -> float:
+        """What its scores (or their differences) are divided by to be calibrated; 1 if none was fitted."""
+        return self.notes.get("temperature") or 1.0
+
+    def try_score(self, examples: Sequence[Example]) -> list[tuple[float, ...] | Rejected]:
+        """One score per target for every example, or why there is none."""
+        made = list(self.renderer.render(examples))
+        groups = [g for g in made if isinstance(g, Group)]
+        scores = iter(score_groups(self.model, groups, self.batch))
+        return [m if isinstance(m, Rejected) else tuple(map(float, next(scores))) for m in made]
+
+    def __call__(self, examples: Sequence[Example]) -> list[tuple[float, ...]]:
+        """One score per target for every example; an example that cannot be scored is a DataError."""
+        scores = self.try_score(examples)
+        for score in scores:
+            if isinstance(score, Rejected):
+                raise DataError(f"example {score.row} cannot be scored: {score.reason}", "leave it out, or load with another max_length")
+        return scores  # type: ignore[return-value]
+
+    def score_rollouts(self, rollouts: Sequence[Rollout]) -> list[tuple[float, ...] | Rejected]:
+        """Per rollout the scores of its steps (one, unless the model reads steps); answers of one prompt share its encoding."""
+        together: dict[Any, list[int]] = {}
+        for n, rollout in enumerate(rollouts):
+            together.setdefault(rollout.prompt, []).append(n)
+        chunks = [same[at : at + TOGETHER] for same in together.values() for at in range(0, len(same), TOGETHER)]
+        scores: list[tuple[float, ...] | Rejected] = [()] * len(rollouts)
+        alone: list[int] = []
+        for chunk, score in zip(chunks, self.try_score([self._example([rollouts[n] for n in c]) for c in chunks]), strict=True):
+            if isinstance(score, Rejected):  # one of them does not fit; the others may
+                alone += chunk
+                continue
+            parts = iter(score)
+            for n in chunk:
+                scores[n] = tuple(next(parts) for _ in self._segments(rollouts[n]))
+        for n, score in zip(alone, self.try_score([self._example([rollouts[n]]) for n in alone]), strict=True):
+            scores[n] = Rejected(source="rollouts", row=rollouts[n].id, reason=score.reason) if isinstance(score, Rejected) else score
+        return scores
+
+    def _segments(self, rollout: Rollout) -> tuple[str, ...]:
+        return rollout.steps if self.reads_steps else (rollout.text,)
+
+    def _example(self, rollouts: Sequence[Rollout]) -> Example:
+        answers = tuple(self._segments(r) for r in rollouts)
+        places = sum(map(len, answers))
+        return Example(
+            id=rollouts[0].id, prompt=rollouts[0].prompt, answers=answers, targets=(0.0,) * places, counts=(0,) * places
+        )
+
+
+def score_dataset(recipe: Recipe, source: Dataset, folder: str, actors: int) -> Dataset:
+    """The rollouts of a dataset with a `score` each (the last step's, where steps are scored) and `step_scores`, by a pool of actors."""
+    [made] = dataflow.transform(recipe, source, partial(_PartScorer, folder), kind="scores", actors=actors)
+    return made
+
+
+class _PartScorer:
+    """Loads the model once, scores part after part."""
+
+    def __init__(self, folder: str):
+        self.scorer = Scorer.load(folder)
+
+    def __call__(self, table: pa.Table) -> Made:
+        rejects: list[Rejected] = []
+        final: list[float] = []
+        steps: list[list[float] | None] = []
+        keep = np.ones(table.num_rows, bool)
+        for start in range(0, table.num_rows, 4096):
+            for n, score in enumerate(self.scorer.score_rollouts(rollouts_of(table.slice(start, 4096))), start):
+                if isinstance(score, Rejected):
+                    rejects.append(score)
+                    keep[n] = False
+                else:
+                    final.append(score[-1])
+                    steps.append(list(score) if self.scorer.reads_steps else None)
+        kept = table.filter(pa.array(keep))
+        kept = kept.append_column("score", pa.array(final, pa.float64()))
+        kept = kept.append_column("step_scores", pa.array(steps, pa.list_(pa.float64())))
+        return Made({"": kept}, rejects_table(rejects), kept.num_rows)
