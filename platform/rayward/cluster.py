@@ -39,11 +39,12 @@ def connect() -> Iterator[Any]:
         yield ray
         return
     address = os.environ.get("RAY_ADDRESS")
+    spoken = bool(os.environ.get("RAYWARD_RAY_LOGS"))  # what workers print; their errors come home in any case
     try:
         if address:
-            ray.init(address=address, log_to_driver=True, logging_level=logging.WARNING)
+            ray.init(address=address, log_to_driver=spoken, logging_level=logging.WARNING)
         else:
-            ray.init(num_cpus=cores(), include_dashboard=False, log_to_driver=True, logging_level=logging.WARNING)
+            ray.init(num_cpus=cores(), include_dashboard=False, log_to_driver=spoken, logging_level=logging.WARNING)
     except ConnectionError as error:
         raise SettingsError(
             f"no Ray cluster answers at RAY_ADDRESS={address}: {error}", "start one with  ray start --head  or unset RAY_ADDRESS"

@@ -4,6 +4,7 @@
       settings.json     what was asked for; the same command goes on from the last checkpoint, another one is refused
       groups/           the examples in tokens, memory-mapped by every worker; what did not fit lies in rejects.parquet
       run/              checkpoints, metrics.jsonl
+      tracking.json     the tracked run that the metrics go to
       model/            the result: a Hugging Face folder
 
 One worker runs in this process (a group of two costs a quarter of a minute before its first step); more run under a TorchTrainer that
@@ -42,6 +43,9 @@ from rayward.reward_model import Loaded, ModelSettings, load_model, save_model, 
 from rayward.splits import Shares, side
 from rayward.storage import Dataset, open_dataset
 from rayward.training import Report, Run, Team, TrainSettings, train
+
+
+TRACKING = "tracking.json"  # in OUTPUT: which tracked run it belongs to
 
 
 @dataclass(frozen=True)
@@ -182,7 +186,7 @@ def _claim(folder: Path, settings: FitSettings, sides: Sides) -> None:
                 f"{folder} holds a run with other settings ({'; '.join(changed[:4])}{'; ...' if len(changed) > 4 else ''})",
                 "choose another --output, or remove that folder",
             )
-    elif folder.is_dir() and any(folder.iterdir()):
+    elif folder.is_dir() and any(p.name != TRACKING for p in folder.iterdir()):
         raise SettingsError(f"{folder} is not empty and holds no run of this job", "choose another --output")
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(mine, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -2,7 +2,7 @@
 
 >>> from rayward.records import Message
 >>> policy = make_policy("toy")
->>> [done] = policy([Request(prompt=(Message("user", "largest of 3 17 5 ?"),), kept=("3 and 17 keep 17\\n",), seed=1)])
+>>> [done] = policy([Request(prompt=(Message("user", "largest of 13 27 15 ?"),), kept=("13 and 27 keep 27\\n",), seed=1)])
 >>> done.finish_reason, done.steps[-1][:2]
 ('stop', 'A:')
 

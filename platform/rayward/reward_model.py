@@ -222,10 +222,8 @@ class Loaded(NamedTuple):
 def load_model(path: str, settings: ModelSettings, max_length: int = 0) -> Loaded:
     """A model and its tokenizer from a folder or the hub. A missing head is an error unless `new_head` asks for one."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
-    from transformers.utils import logging
 
-    logging.set_verbosity_error()  # what it would warn of (a fresh head) is checked below
-    logging.disable_progress_bar()
+    _quiet()
     options = {"trust_remote_code": settings.trust_remote_code}
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
@@ -251,6 +249,14 @@ def load_model(path: str, settings: ModelSettings, max_length: int = 0) -> Loade
     if not settings.dropout:
         _without_dropout(classifier)
     return Loaded(RewardModel(classifier, pooling, max_length), tokenizer, notes)
+
+
+def _quiet() -> None:
+    """No bars for shards, no warning of a fresh head: that is checked, and an error."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def _fresh_head(classifier: nn.Module) -> None:
@@ -281,6 +287,7 @@ def _without_dropout(classifier: nn.Module) -> None:
 
 def save_model(model: RewardModel, tokenizer: Any, folder: Path, notes: dict[str, Any]) -> None:
     """A plain Hugging Face folder with safetensors, its config carrying `notes` as `rayward`."""
+    _quiet()
     model.classifier.config.rayward = {**notes, "pooling": model.pooling}
     model.classifier.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -2,9 +2,9 @@
 
 A problem is a list of numbers; an answer keeps the larger of the value so far and the next number, step by step:
 
-    largest of 3 17 5 ?        3 and 17 keep 17
-                               so 17 and 5 keep 17
-                               A: 17
+    largest of 13 27 15 ?      13 and 27 keep 27
+                               so 27 and 15 keep 27
+                               A: 27
 
 The solver is a stochastic policy. In a step it slips with a known chance: it writes another number of the problem. It can catch a
 slip by re-reading with a known chance, and a larger number later repairs one by itself. So the chance that a step prefix ends right
@@ -49,19 +49,19 @@ class ToyWorld:
     repair: float = 0.0  # chance that a step without a slip also makes good an earlier slip
     least: int = 4  # numbers in the shortest problem
     most: int = 7  # numbers in the longest problem
-    largest: int = 29  # numbers are 0 .. largest
+    largest: int = 39  # numbers are 10 .. largest: two digits each, or a right answer, which holds larger ones, would be longer
 
     def problem(self, index: int, seed: int = 0) -> tuple[int, ...]:
         """The numbers of problem `index`, all different."""
         rng = random.Random(seed_of("toy problem", seed, index))
-        return tuple(rng.sample(range(self.largest + 1), rng.randint(self.least, self.most)))
+        return tuple(rng.sample(range(10, self.largest + 1), rng.randint(self.least, self.most)))
 
     @staticmethod
     def question(numbers: Sequence[int]) -> str:
         """The problem in words.
 
-        >>> ToyWorld.question((3, 17, 5)), ToyWorld.numbers("largest of 3 17 5 ?")
-        ('largest of 3 17 5 ?', (3, 17, 5))
+        >>> ToyWorld.question((13, 27, 15)), ToyWorld.numbers("largest of 13 27 15 ?")
+        ('largest of 13 27 15 ?', (13, 27, 15))
         """
         return f"largest of {' '.join(map(str, numbers))} ?"
 

@@ -120,11 +120,11 @@ class _Tally:
     tokens: int = 0
     since: float = field(default_factory=time.monotonic)
 
-    def drain(self, objective: Objective) -> dict[str, Mean]:
-        """The means since the last time."""
+    def drain(self, objective: Objective, team: Team) -> dict[str, Mean]:
+        """The means since the last time; workers' speeds add up."""
         right = sum((objective.accuracy(*(t.cpu().numpy() for t in triple)) for triple in self.scores), Mean())
         loss = sum((Mean(float(total), weight) for total, weight in self.losses), Mean())
-        speed = Mean(self.tokens, time.monotonic() - self.since)
+        speed = Mean(self.tokens, (time.monotonic() - self.since) / team.size)
         self.scores, self.losses, self.tokens, self.since = [], [], 0, time.monotonic()
         return {"loss": loss, "accuracy": right, "tokens_per_s": speed}
 
@@ -175,7 +175,7 @@ def train(run: Run) -> dict[str, Any]:
             done = step + 1
             last = done == total
             if done % settings.log_every == 0 or last:
-                lines.write(done, {**_values(team.sum(tally.drain(run.objective), model.device)), "lr": settings.lr_at(step, total)})
+                lines.write(done, {**_values(team.sum(tally.drain(run.objective, team), model.device)), "lr": settings.lr_at(step, total)})
             if run.validation is not None and (done % validate_every == 0 or last):
                 paused = time.monotonic()
                 values = validate(run)

@@ -1,0 +1,155 @@
+"""The whole story on the built-in toy world: sample, grade, label three ways on Ray Data, train three models, judge, register.
+
+    rayward quickstart
+
+A policy answers problems whose truth is known (the running maximum, `rayward/toy_world.py`). From its answers come pairs, rankings of
+eight, and Monte-Carlo step values; the same loop trains a small decoder on each. Unseen problems say how good they are. Takes minutes
+on a laptop, downloads nothing; run it again and what is done is not done twice.
+"""
+
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from rayward import cluster, dataflow, evaluation, fitting, labels, registry, sampling, suites
+from rayward.batching import BatchSettings
+from rayward.config import as_dict, command
+from rayward.dataflow import Engine, Recipe
+from rayward.evaluation import Report
+from rayward.fitting import Fitted, FitSettings
+from rayward.rendering import RenderSettings
+from rayward.reward_model import ModelSettings
+from rayward.sampling import SampleSettings
+from rayward.scoring import Scorer
+from rayward.storage import Dataset
+from rayward.training import TrainSettings
+
+SUITE = {"pairs": "toy_pairs", "rankings": "toy_best_of_8", "steps": "toy_steps"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What quickstart needs to know."""
+
+    output: str = "store/quickstart"  # folder for everything it makes; the registry is the store's (RAYWARD_STORE)
+    problems: int = 600  # problems that are sampled for each kind of label
+    engine: Engine = "ray"  # where labels are built; local starts no cluster
+    fresh: bool = False  # forget an earlier quickstart in OUTPUT
+
+
+@dataclass(frozen=True)
+class Story:
+    """One kind of label from rollouts to a registered model."""
+
+    kind: str
+    examples: Dataset
+    fitted: Fitted
+    report: Report
+    version: str
+
+
+def main(settings: Settings) -> None:
+    """Three kinds of labels, three models, one table."""
+    output = Path(settings.output)
+    if settings.fresh:
+        shutil.rmtree(output, ignore_errors=True)
+    made = label(settings, output)
+    stories = [train_and_judge(kind, examples, output) for kind, examples in made.items()]
+    show(stories, output)
+
+
+def label(settings: Settings, output: Path) -> dict[str, Dataset]:
+    """Sample answers (and continuations of step prefixes), and make all three kinds of examples of them."""
+
+    def recipe(made_by: str, name: str, what: object, *inputs: Dataset) -> Recipe:
+        return Recipe(made_by, str(output / name), what, [i.lineage() for i in inputs], settings.engine, overwrite=True)
+
+    say("1. A policy answers problems; the answers are graded and labeled on Ray Data")
+    whole, stepwise = SampleSettings(answers=8), SampleSettings(answers=1, continued=1, continuations=8, seed=1)
+    with cluster.connect():
+        answers = sampling.sample(recipe("sample_rollouts", "answers", whole), f"toy:{settings.problems}", whole)
+        continued = sampling.sample(recipe("sample_rollouts", "stepwise", stepwise), f"toy:{settings.problems}:1", stepwise)
+        made = {}
+        for kind, source in (("pairs", answers), ("rankings", answers), ("steps", continued)):
+            labeler = labels.LABELERS[kind]
+            chosen = labels.PairSettings("adjacent") if kind == "pairs" else labeler.settings()
+            made[kind] = dataflow.label(recipe(f"label_{kind}", kind, chosen, source), source, labeler, chosen)
+    return made
+
+
+def train_and_judge(kind: str, examples: Dataset, output: Path) -> Story:
+    """One kind of label: train, evaluate on unseen problems, register, promote."""
+    say(f"{2 + list(SUITE).index(kind)}. A reward model from {kind}")
+    folder = output / f"{kind}-model"
+    fit = FitSettings(
+        examples=str(examples.path),
+        model="tiny",
+        objective="auto",
+        net=ModelSettings(),
+        render=RenderSettings(max_length=256),
+        batch=BatchSettings(size=16),
+        train=TrainSettings(lr=2e-3, epochs={"pairs": 4, "rankings": 4, "steps": 12}[kind]),
+        validation_share=0.1,
+    )
+    with registry.run("quickstart", as_dict(fit), keep=folder / fitting.TRACKING) as run:
+        run.dataset(examples, "training")
+        fitted = fitting.fit(fit, str(folder), report=run.metrics)
+        suite = SUITE[kind]
+        scorer = Scorer.load(fitted.model)
+        report, rows = evaluation.evaluate(suites.SUITES[suite](), scorer.try_score, f"{suite}: unseen problems", str(fitted.model))
+        page = evaluation.write_report(str(output / f"{kind}-report"), report, rows) / "report.html"
+        run.summary(report.headline)
+        run.artifact(page)
+        tags = {n: v for n, v in fitted.notes.items() if n != "render"} | {f"best_{n}": v for n, v in fitted.metrics.items()}
+        version = registry.register(run, fitted.model, f"toy-{kind}", {**tags, **{n: f"{v:.4f}" for n, v in report.headline.items()}})
+    registry.promote(f"toy-{kind}", version)
+    return Story(kind, examples, fitted, report, version)
+
+
+def say(what: str) -> None:
+    """A headline between the progress bars."""
+    print(f"\n{what}", file=sys.stderr, flush=True)
+
+
+def show(stories: list[Story], output: Path) -> None:
+    """The table, and what to do next."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="On unseen problems", title_justify="left", header_style="bold")
+    for column in ("labels", "built", "held-out accuracy [95 %]", "“longer is better”", "ECE before → after", "and also", "registered as"):
+        table.add_column(column)
+    for story in stories:
+        n = story.report.numbers
+        main_part = n.get("order") or n["segments"]
+        accuracy = main_part["accuracy"]
+        longer = n["order"]["length_baseline"]["value"] if "order" in n else None
+        if "first_error" in n.get("segments", {}):
+            first = n["segments"]["first_error"]
+            also = f"first wrong step F1 {first['f1']:.3f} (random step {first['random_step_baseline']:.2f})"
+        elif story.kind == "rankings":
+            also = f"best of 8 right {n['best_of']['picked']:.3f} (mean answer {n['best_of']['mean_answer']:.3f})"
+        else:
+            also = ""
+        table.add_row(
+            story.kind,
+            f"{story.examples.manifest.out:,}",
+            f"{accuracy['value']:.3f} [{accuracy['low']:.3f}, {accuracy['high']:.3f}]",
+            f"{longer:.3f}" if longer is not None else "–",
+            f"{main_part['ece']:.3f} → {main_part['calibrated']['ece']:.3f}",
+            also,
+            f"models:/toy-{story.kind}/{story.version}",
+        )
+    console = Console()
+    console.print()
+    console.print(table, width=None if console.is_terminal else 150)
+    print(f"\nReports: {output}/*-report/report.html\n\nTry next:")
+    print("  rayward ui                                        # the registry and the runs, in a browser")
+    print("  rayward models show toy-pairs@champion            # what a model is and came from")
+    source = f"--source {output}/answers --output {output}/scored"
+    print(f"  rayward run score_rollouts --model models:/toy-rankings@champion {source}")
+
+
+if __name__ == "__main__":
+    command(main)

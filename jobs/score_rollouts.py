@@ -1,0 +1,45 @@
+"""Score rollouts with a reward model: a pool of actors on Ray Data, each with the model loaded once.
+
+    rayward run score_rollouts --model models:/toy-pairs@champion --source store/toy/rollouts --output store/toy/scored
+
+OUTPUT holds the rollouts with a `score` each, and `step_scores` where the model reads steps. Answers of one prompt share its encoding.
+What cannot be scored lies in OUTPUT/rejects with its reason.
+"""
+
+from dataclasses import dataclass
+
+from rayward import registry, scoring
+from rayward.config import command
+from rayward.dataflow import Engine, Recipe
+from rayward.storage import Dataset, open_dataset
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What score_rollouts needs to know."""
+
+    model: str  # folder of a trained model, or models:/NAME@ALIAS
+    source: str  # folder of rollouts
+    output: str  # folder for the scored rollouts
+    actors: int = 1  # most actors at a time, each with a copy of the model
+    engine: Engine = "auto"  # where the work runs
+    overwrite: bool = False  # replace what OUTPUT holds
+
+
+def main(settings: Settings) -> Dataset:
+    """Score every part of the rollouts."""
+    rollouts = open_dataset(settings.source, "rollouts")
+    folder = registry.model_folder(settings.model).absolute()
+    recipe = Recipe(
+        made_by="score_rollouts",
+        output=settings.output,
+        settings=settings,
+        inputs=[rollouts.lineage(), registry.identity(settings.model)],
+        engine=settings.engine,
+        overwrite=settings.overwrite,
+    )
+    return scoring.score_dataset(recipe, rollouts, str(folder), settings.actors)
+
+
+if __name__ == "__main__":
+    command(main)

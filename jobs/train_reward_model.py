@@ -1,0 +1,66 @@
+"""Train a reward model from labeled examples, and register it with everything it came from.
+
+    rayward run train_reward_model --examples store/toy/pairs --output store/toy/pairs-model --set train.lr=2e-3
+    rayward run train_reward_model --examples E --model Qwen/Qwen3-0.6B-Base --set net.new_head=true --workers 4 --output M --register my-rm
+
+Pairs, rankings, outcomes and steps go through the same loop; the objective follows from the labels unless one is named. Stop it with
+Ctrl-C, kill a worker, lose the machine: the same command goes on from the last checkpoint and ends with the same weights.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rayward import fitting, registry
+from rayward.batching import BatchSettings
+from rayward.config import as_dict, command
+from rayward.fitting import Fitted, FitSettings
+from rayward.rendering import RenderSettings
+from rayward.reward_model import ModelSettings
+from rayward.training import TrainSettings
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What train_reward_model needs to know."""
+
+    examples: str  # folder of examples, or of a split with train/ and validation/
+    output: str  # folder for the run and the model
+    model: str = "tiny"  # folder or hub name of a model, models:/NAME@ALIAS, or tiny: a small decoder from scratch
+    objective: str = "auto"  # bradley_terry, plackett_luce, binary_cross_entropy, module:loss, or auto: what the labels are for
+    workers: int = 1  # 1 trains in this process, more on a group of Ray Train workers
+    register: str = ""  # name to register the model under
+    validation_share: float = 0.05  # share of prompts held out for validation where the examples have no validation side
+    net: ModelSettings = ModelSettings()
+    render: RenderSettings = RenderSettings()
+    batch: BatchSettings = BatchSettings()
+    train: TrainSettings = TrainSettings()
+
+
+def main(settings: Settings) -> Fitted:
+    """Fit, log, register."""
+    fit = FitSettings(
+        examples=settings.examples,
+        model=str(registry.model_folder(settings.model)),
+        objective=settings.objective,
+        net=settings.net,
+        render=settings.render,
+        batch=settings.batch,
+        train=settings.train,
+        validation_share=settings.validation_share,
+    )
+    dataset = fitting.open_sides(settings.examples, settings.validation_share).dataset
+    with registry.run("train_reward_model", as_dict(settings), keep=Path(settings.output) / fitting.TRACKING) as run:
+        run.dataset(dataset, "training")
+        fitted = fitting.fit(fit, settings.output, settings.workers, run.metrics)
+        run.summary({**{f"best_{n}": v for n, v in fitted.metrics.items()}, "temperature": fitted.notes["temperature"]})
+        print(f"model: {fitted.model}    trained on {fitted.examples['train']:,} examples, validated on {fitted.examples['validation']:,}")
+        if settings.register:
+            lineage = {f"label.{n}": v for n, v in (dataset.manifest.settings.get("label") or {}).items()}
+            tags = {n: v for n, v in fitted.notes.items() if n != "render"} | {f"best_{n}": v for n, v in fitted.metrics.items()}
+            version = registry.register(run, fitted.model, settings.register, {**tags, **lineage, "examples": settings.examples})
+            print(f"registered: models:/{settings.register}/{version}")
+    return fitted
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,369 @@
+"""Evidence: examples and their scores become numbers with intervals, plots, and the worst cases, as report.json and report.html.
+
+Which numbers there are follows from the examples:
+
+    answers that differ in target     accuracy, calibration of score differences, the length baseline beside them, best-of-K
+    segments with probabilities       step accuracy, calibration of scores, first-error F1
+
+Accuracy weighs a judgement's comparisons 1 together and counts a tie of scores as wrong; it is given with a tie counted as half beside
+it. Intervals are 95 % bootstraps over prompts. A calibrated number is cross-fitted: the temperature of one half of the prompts, by
+hash, is applied to the other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rayward import metrics
+from rayward.records import Example, Rejected, prompt_id
+from rayward.storage import publish, sibling
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found; `numbers` is what report.json holds."""
+
+    numbers: dict[str, Any]
+    plots: dict[str, str]  # title -> SVG
+    worst: list[dict[str, Any]]  # the most confident mistakes
+
+    @property
+    def headline(self) -> dict[str, float]:
+        """The few numbers that stand for the whole, flat."""
+        flat: dict[str, float] = {}
+        order, segments = self.numbers.get("order"), self.numbers.get("segments")
+        if order:
+            flat |= {"accuracy": order["accuracy"]["value"], "accuracy_low": order["accuracy"]["low"], "accuracy_high": order["accuracy"]["high"]}
+            flat |= {"length_baseline": order["length_baseline"]["value"], "nll": order["nll"], "brier": order["brier"]}
+            flat |= {"ece": order["ece"], "ece_calibrated": order["calibrated"]["ece"], "temperature": order["temperature"]}
+        if segments:
+            flat |= {"segment_accuracy": segments["accuracy"]["value"], "segment_ece": segments["ece"]}
+            flat |= {"segment_ece_calibrated": segments["calibrated"]["ece"]}
+            if "first_error" in segments:
+                flat["first_error_f1"] = segments["first_error"]["f1"]
+        if "best_of" in self.numbers:
+            flat |= {"best_of_picked": self.numbers["best_of"]["picked"], "best_of_mean": self.numbers["best_of"]["mean_answer"]}
+        return {name: value for name, value in flat.items() if value == value}
+
+
+def evaluate(
+    examples: Sequence[Example], score: Callable[[Sequence[Example]], list[tuple[float, ...] | Rejected]], name: str, model: str
+) -> tuple[Report, pa.Table]:
+    """Score examples and judge the scores; also one row per example with everything needed to compute the numbers again."""
+    scores = score(examples)
+    kept = [(e, s) for e, s in zip(examples, scores, strict=True) if not isinstance(s, Rejected)]
+    left_out: dict[str, int] = {}
+    for s in scores:
+        if isinstance(s, Rejected):
+            left_out[s.category] = left_out.get(s.category, 0) + 1
+    report = judge([e for e, _ in kept], [s for _, s in kept])
+    head = {"name": name, "model": model, "examples_in": len(examples), "examples_scored": len(kept), "left_out": left_out}
+    rows = pa.table(
+        {
+            "id": [e.id for e, _ in kept],
+            "prompt_id": [prompt_id(e.prompt) for e, _ in kept],
+            "targets": pa.array([list(e.targets) for e, _ in kept], pa.list_(pa.float64())),
+            "scores": pa.array([list(s) for _, s in kept], pa.list_(pa.float64())),
+            "characters": pa.array([[len("".join(a)) for a in e.answers] for e, _ in kept], pa.list_(pa.int64())),
+            "weight": [e.weight for e, _ in kept],
+        }
+    )
+    return Report({**head, **report.numbers}, report.plots, report.worst), rows
+
+
+def judge(examples: Sequence[Example], scores: metrics.Scores) -> Report:
+    """Everything that can be said of these scores."""
+    numbers: dict[str, Any] = {"prompts": len({e.prompt for e in examples})}
+    plots: dict[str, str] = {}
+    worst: list[dict[str, Any]] = []
+    every = np.array([s for score in scores for s in score], float)
+    if len(every):
+        q = np.quantile(every, [0, 0.05, 0.5, 0.95, 1])
+        numbers["score"] = {"mean": float(every.mean()), "std": float(every.std()), **dict(zip(("min", "q05", "median", "q95", "max"), map(float, q), strict=True))}
+    compared = metrics.comparisons(examples, scores)
+    if len(compared.logit):
+        prompts = [prompt_id(examples[n].prompt) for n in compared.example]
+        numbers["order"] = _order(compared, prompts)
+        plots |= _order_plots(examples, scores, compared, prompts)
+        worst = _worst(examples, scores, compared)
+    if best := metrics.best_of(examples, scores):
+        numbers["best_of"] = best
+        tau = metrics.kendall_tau(examples, scores)
+        if tau == tau:
+            numbers["kendall_tau"] = tau
+    segmented = [n for n, e in enumerate(examples) if _has_probabilities(e)]
+    if segmented:
+        part, part_scores = [examples[n] for n in segmented], [scores[n] for n in segmented]
+        numbers["segments"] = _segments(part, part_scores)
+        plots |= _segment_plots(part, part_scores)
+    return Report(numbers, plots, worst)
+
+
+def _has_probabilities(example: Example) -> bool:
+    """Segments with chances as targets: the steps of a process, or outcomes."""
+    several = any(len(a) > 1 for a in example.answers) or example.id.startswith("outcomes@")
+    return several and all(0 <= t <= 1 for t in example.targets)
+
+
+# ---------------------------------------------------------------------------------------------------------------- the order
+
+
+def _order(compared: metrics.Comparisons, prompts: Sequence[str]) -> dict[str, Any]:
+    logit, weight, longer = compared.logit, compared.weight, compared.longer
+    ones = np.ones(len(logit))
+    right = (logit > 0) * weight
+    ties = int((logit == 0).sum())
+    by_length = {}
+    for name, sign in (("longer", 1), ("shorter", -1), ("equal", 0)):
+        mask = longer == sign
+        mean = metrics.Mean(float(right[mask].sum()), float(weight[mask].sum()))
+        by_length[f"better_side_{name}"] = {"accuracy": mean.value if mask.any() else None, "comparisons": int(mask.sum())}
+    return {
+        "comparisons": len(logit),
+        "accuracy": _with_interval(prompts, right, weight),
+        "tie_policy": "a tie of scores is wrong",
+        "score_ties": ties,
+        "accuracy_ties_half": float((right + 0.5 * (logit == 0) * weight).sum() / weight.sum()),
+        "nll": metrics.log_loss(logit, ones),
+        "brier": metrics.brier(logit, ones),
+        "ece": metrics.reliability(logit, ones).ece,
+        "temperature": metrics.fit_temperature(logit, ones),
+        "calibrated": _calibrated(logit, ones, prompts),
+        **by_length,
+        "length_baseline": {"rule": "the longer answer is better; equal lengths count half", **_with_interval(prompts, ((longer > 0) + 0.5 * (longer == 0)) * weight, weight)},
+    }  # fmt: skip
+
+
+def _with_interval(prompts: Sequence[str], total: Array, weight: Array) -> dict[str, float]:
+    low, high = metrics.bootstrap(prompts, total, weight)
+    return {"value": metrics.Mean(float(total.sum()), float(weight.sum())).value, "low": low, "high": high}
+
+
+def _cross_fitted(logit: Array, target: Array, prompts: Sequence[str]) -> Array:
+    """Logits divided by the temperature that the other half of the prompts asks for."""
+    half = np.array([hashlib.blake2b(b"half" + p.encode(), digest_size=1).digest()[0] & 1 for p in prompts])
+    scaled = np.array(logit, float)
+    for side in (0, 1):
+        scaled[half == side] /= metrics.fit_temperature(logit[half != side], target[half != side])
+    return scaled
+
+
+def _calibrated(logit: Array, target: Array, prompts: Sequence[str]) -> dict[str, float]:
+    scaled = _cross_fitted(logit, target, prompts)
+    return {"nll": metrics.log_loss(scaled, target), "brier": metrics.brier(scaled, target), "ece": metrics.reliability(scaled, target).ece}
+
+
+def _worst(examples: Sequence[Example], scores: metrics.Scores, compared: metrics.Comparisons, most: int = 5) -> list[dict[str, Any]]:
+    """The most confident mistakes, one per example."""
+    rows: list[dict[str, Any]] = []
+    seen: set[int] = set()
+    for n in np.argsort(compared.logit):
+        at = int(compared.example[n])
+        if compared.logit[n] >= 0 or len(rows) == most:
+            break
+        if at in seen:
+            continue
+        seen.add(at)
+        example, score = examples[at], scores[at]
+        order = sorted(range(len(score)), key=lambda k: -example.targets[k])
+        answers = [{"target": example.targets[k], "score": score[k], "text": "".join(example.answers[k])[:2000]} for k in order]
+        rows.append({"id": example.id, "prompt": [list(m) for m in example.prompt], "answers": answers, "gap": float(compared.logit[n])})
+    return rows
+
+
+# -------------------------------------------------------------------------------------------------------------- the segments
+
+
+def _segments(examples: Sequence[Example], scores: metrics.Scores) -> dict[str, Any]:
+    logit = np.array([s for score in scores for s in score])
+    target = np.array([t for e in examples for t in e.targets])
+    prompts = [prompt_id(e.prompt) for e in examples for _ in e.targets]
+    decided = target != 0.5
+    right = ((logit > 0) == (target > 0.5)) & decided
+    found: dict[str, Any] = {
+        "segments": len(logit),
+        "accuracy": _with_interval(prompts, right.astype(float), decided.astype(float)),
+        "balanced_accuracy": float(np.mean([right[m].mean() for m in (target > 0.5, target < 0.5) if m.any()])),
+        "majority_baseline": float(max((target > 0.5).sum(), (target < 0.5).sum()) / max(1, decided.sum())),
+        "nll": metrics.log_loss(logit, target),
+        "brier": metrics.brier(logit, target),
+        "ece": metrics.reliability(logit, target).ece,
+        "temperature": metrics.fit_temperature(logit, target),
+        "calibrated": _calibrated(logit, target, prompts),
+    }
+    if any(len(a) > 1 for e in examples for a in e.answers):
+        truth, guess, owner = _first_errors(examples, scores)
+        found["first_error"] = {
+            "rule": "the first step with sigma(score) < 0.5, against the first with target < 0.5",
+            **metrics.first_error_f1(truth, guess),
+            **dict(zip(("f1_low", "f1_high"), _f1_interval(truth, guess, owner), strict=True)),
+            "always_clean_baseline_f1": 0.0,
+            "random_step_baseline": _random_step(examples),
+        }
+    return found
+
+
+def _first_errors(examples: Sequence[Example], scores: metrics.Scores) -> tuple[list[int], list[int], list[str]]:
+    truth, guess, owner = [], [], []
+    for example, score in zip(examples, scores, strict=True):
+        at = 0
+        for answer in example.answers:
+            truth.append(metrics.first_below(example.targets[at : at + len(answer)]))
+            guess.append(metrics.first_below([float(p) for p in metrics.sigmoid(np.array(score[at : at + len(answer)]))]))
+            owner.append(prompt_id(example.prompt))
+            at += len(answer)
+    return truth, guess, owner
+
+
+def _random_step(examples: Sequence[Example]) -> float:
+    """How often a step drawn at random is the first wrong one, over answers that have one."""
+    chances, at = [], 0
+    for example in examples:
+        at = 0
+        for answer in example.answers:
+            if metrics.first_below(example.targets[at : at + len(answer)]) >= 0:
+                chances.append(1 / len(answer))
+            at += len(answer)
+    return float(np.mean(chances)) if chances else float("nan")
+
+
+def _f1_interval(truth: Sequence[int], guess: Sequence[int], owner: Sequence[str], draws: int = 1000) -> tuple[float, float]:
+    names = {o: n for n, o in enumerate(dict.fromkeys(owner))}
+    at = np.array([names[o] for o in owner])
+    hit = np.array([t == g for t, g in zip(truth, guess, strict=True)], float)
+    wrong = np.array([t >= 0 for t in truth], float)
+    sums = [np.bincount(at, x, len(names)) for x in (hit * wrong, wrong, hit * (1 - wrong), 1 - wrong)]
+    rng, values = np.random.default_rng(0), []
+    for _ in range(draws):
+        times = np.bincount(rng.integers(0, len(names), len(names)), minlength=len(names))
+        error_hit, errors, clean_hit, cleans = ((times * s).sum() for s in sums)
+        if errors and cleans:
+            error, clean = error_hit / errors, clean_hit / cleans
+            values.append(2 * error * clean / (error + clean) if error + clean else 0.0)
+    return (float(np.quantile(values, 0.025)), float(np.quantile(values, 0.975))) if values else (float("nan"), float("nan"))
+
+
+# ------------------------------------------------------------------------------------------------------------------- plots
+
+BLUE, ORANGE, GREY = "#2563eb", "#ea580c", "#9ca3af"
+
+
+def _svg(draw: Callable[[Any], None]) -> str:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "rayward", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(4.2, 3.0), layout="constrained")
+        draw(figure.subplots())
+        out = io.StringIO()
+        figure.savefig(out, format="svg", metadata={"Date": None})
+    return out.getvalue()[out.getvalue().index("<svg") :]
+
+
+def _reliability_plot(logit: Array, target: Array, prompts: Sequence[str]) -> str:
+    def draw(ax: Any) -> None:
+        ax.plot([0.5, 1], [0.5, 1], color=GREY, lw=1, ls="--")
+        for values, color, label in ((logit, ORANGE, "as scored"), (_cross_fitted(logit, target, prompts), BLUE, "with temperature")):
+            r = metrics.reliability(values, target)
+            ax.plot(r.confidence, r.accuracy, "o-", ms=4, lw=1.2, color=color, label=f"{label}: ECE {r.ece:.3f}")
+        ax.set(xlabel="confidence", ylabel="share right", xlim=(0.49, 1.01), ylim=(0, 1.02))
+        ax.legend(frameon=False, loc="lower right")
+
+    return _svg(draw)
+
+
+def _order_plots(
+    examples: Sequence[Example], scores: metrics.Scores, compared: metrics.Comparisons, prompts: Sequence[str]
+) -> dict[str, str]:
+    top, rest = [], []
+    for example, score in zip(examples, scores, strict=True):
+        if len(score) == len(example.answers):
+            for t, s in zip(example.targets, score, strict=True):
+                (top if t == max(example.targets) else rest).append(s)
+
+    def distribution(ax: Any) -> None:
+        bins = np.histogram_bin_edges([*top, *rest], bins=40)
+        ax.hist(rest, bins, color=ORANGE, alpha=0.6, label="other answers")
+        ax.hist(top, bins, color=BLUE, alpha=0.6, label="best answers")
+        ax.set(xlabel="score", ylabel="answers")
+        ax.legend(frameon=False)
+
+    def lengths(ax: Any) -> None:
+        groups = [("better side\nlonger", 1), ("better side\nshorter", -1), ("equal\nlength", 0)]
+        shares, counts = [], []
+        for _, sign in groups:
+            mask = compared.longer == sign
+            counts.append(int(mask.sum()))
+            shares.append(float(((compared.logit > 0) * compared.weight)[mask].sum() / compared.weight[mask].sum()) if mask.any() else 0.0)
+        bars = ax.bar([name for name, _ in groups], shares, color=[BLUE, ORANGE, GREY], width=0.6)
+        ax.bar_label(bars, [f"{s:.2f}\nn={n:,}" if n else "none" for s, n in zip(shares, counts, strict=True)], padding=2)
+        ax.axhline(0.5, color=GREY, lw=1, ls="--")
+        ax.set(ylabel="accuracy", ylim=(0, 1.25))
+
+    return {
+        "Calibration of preferences": _reliability_plot(compared.logit, np.ones(len(compared.logit)), prompts),
+        "Scores": _svg(distribution),
+        "Accuracy by length": _svg(lengths),
+    }
+
+
+def _segment_plots(examples: Sequence[Example], scores: metrics.Scores) -> dict[str, str]:
+    logit = np.array([s for score in scores for s in score])
+    target = np.array([t for e in examples for t in e.targets])
+    prompts = [prompt_id(e.prompt) for e in examples for _ in e.targets]
+
+    def distribution(ax: Any) -> None:
+        bins = np.linspace(0, 1, 31)
+        p = metrics.sigmoid(logit)
+        ax.hist(p[target < 0.5], bins, color=ORANGE, alpha=0.6, label="target below one half")
+        ax.hist(p[target >= 0.5], bins, color=BLUE, alpha=0.6, label="above")
+        ax.set(xlabel="sigma(score)", ylabel="segments")
+        ax.legend(frameon=False)
+
+    return {"Calibration of segments": _reliability_plot(logit, target, prompts), "Segment scores": _svg(distribution)}
+
+
+# ------------------------------------------------------------------------------------------------------------------- files
+
+
+def write_report(output: str, report: Report, rows: pa.Table) -> Path:
+    """OUTPUT/report.json, report.html and scores.parquet, whole or not at all; a report that stood there is replaced."""
+    folder = Path(output)
+    stage = sibling(folder, "partial")
+    shutil.rmtree(stage, ignore_errors=True)
+    stage.mkdir(parents=True)
+    (stage / "report.json").write_text(json.dumps(_no_nan(report.numbers), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (stage / "report.html").write_text(to_html(report), encoding="utf-8")
+    pq.write_table(rows, stage / "scores.parquet")
+    publish(stage, folder)
+    return folder
+
+
+def _no_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _no_nan(v) for k, v in value.items()}
+    return None if isinstance(value, float) and value != value else value
+
+
+def to_html(report: Report) -> str:
+    """The report as one page that needs nothing else."""
+    from jinja2 import Environment
+
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string((Path(__file__).parent / "report.html.jinja").read_text(encoding="utf-8"))
+    return template.render(n=report.numbers, plots=report.plots, worst=report.worst)
