@@ -1,0 +1,40 @@
+"""What tests share: one Ray cluster for the whole session, a store of their own, small datasets of the toy world."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"  # real data beside the project, where it is there
+
+os.environ["RAYWARD_PROGRESS"] = "log"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data, or the test is skipped."""
+    if not (SHARED / "data").is_dir():
+        pytest.skip("needs ../shared/data, which is not here")
+    return SHARED / "data"
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[Any]:
+    """One local cluster for the session: two CPUs, no dashboard."""
+    from rayward import cluster
+
+    with cluster.connect() as ray:
+        yield ray
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A store of the test's own."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("RAYWARD_STORE", str(tmp_path / "store"))
+    return tmp_path / "store"
