@@ -17,7 +17,7 @@ from rayward.batching import BatchSettings
 from rayward.config import as_dict, command
 from rayward.dataflow import Engine, Recipe
 from rayward.evaluation import Report
-from rayward.fitting import Fitted, FitSettings
+from rayward.fitting import FitSettings, Fitted
 from rayward.rendering import RenderSettings
 from rayward.reward_model import ModelSettings
 from rayward.sampling import SampleSettings
@@ -33,7 +33,7 @@ class Settings:
     """What quickstart needs to know."""
 
     output: str = "store/quickstart"  # folder for everything it makes; the registry is the store's (RAYWARD_STORE)
-    problems: int = 600  # problems that are sampled for each kind of label
+    problems: int = 1000  # problems that are sampled for each kind of label
     engine: Engine = "ray"  # where labels are built; local starts no cluster
     fresh: bool = False  # forget an earlier quickstart in OUTPUT
 
@@ -89,7 +89,7 @@ def train_and_judge(kind: str, examples: Dataset, output: Path) -> Story:
         net=ModelSettings(),
         render=RenderSettings(max_length=256),
         batch=BatchSettings(size=16),
-        train=TrainSettings(lr=2e-3, epochs={"pairs": 4, "rankings": 4, "steps": 12}[kind]),
+        train=TrainSettings(lr=2e-3, epochs={"pairs": 6, "rankings": 4, "steps": 12}[kind]),
         validation_share=0.1,
     )
     with registry.run("quickstart", as_dict(fit), keep=folder / fitting.TRACKING) as run:
@@ -118,8 +118,9 @@ def show(stories: list[Story], output: Path) -> None:
     from rich.table import Table
 
     table = Table(title="On unseen problems", title_justify="left", header_style="bold")
-    for column in ("labels", "built", "held-out accuracy [95 %]", "“longer is better”", "ECE before → after", "and also", "registered as"):
-        table.add_column(column)
+    for column in ("labels", "built", "accuracy [95 %]", "longer wins", "ECE before → after", "registered as"):
+        table.add_column(column, no_wrap=True)
+    also = []
     for story in stories:
         n = story.report.numbers
         main_part = n.get("order") or n["segments"]
@@ -127,28 +128,28 @@ def show(stories: list[Story], output: Path) -> None:
         longer = n["order"]["length_baseline"]["value"] if "order" in n else None
         if "first_error" in n.get("segments", {}):
             first = n["segments"]["first_error"]
-            also = f"first wrong step F1 {first['f1']:.3f} (random step {first['random_step_baseline']:.2f})"
+            also.append(
+                f"steps: finds the first wrong step with F1 {first['f1']:.3f}; a random step is it {first['random_step_baseline']:.3f}"
+            )
         elif story.kind == "rankings":
-            also = f"best of 8 right {n['best_of']['picked']:.3f} (mean answer {n['best_of']['mean_answer']:.3f})"
-        else:
-            also = ""
+            best = n["best_of"]
+            also.append(f"rankings: the best of 8 by score is right {best['picked']:.3f}, the mean answer {best['mean_answer']:.3f}")
         table.add_row(
             story.kind,
             f"{story.examples.manifest.out:,}",
             f"{accuracy['value']:.3f} [{accuracy['low']:.3f}, {accuracy['high']:.3f}]",
             f"{longer:.3f}" if longer is not None else "–",
             f"{main_part['ece']:.3f} → {main_part['calibrated']['ece']:.3f}",
-            also,
             f"models:/toy-{story.kind}/{story.version}",
         )
-    console = Console()
+    console = Console(width=max(100, Console().width))
     console.print()
-    console.print(table, width=None if console.is_terminal else 150)
-    print(f"\nReports: {output}/*-report/report.html\n\nTry next:")
-    print("  rayward ui                                        # the registry and the runs, in a browser")
-    print("  rayward models show toy-pairs@champion            # what a model is and came from")
-    source = f"--source {output}/answers --output {output}/scored"
-    print(f"  rayward run score_rollouts --model models:/toy-rankings@champion {source}")
+    console.print(table)
+    print("\n" + "\n".join(also))
+    print(f"\nreports: {output}/*-report/report.html\n\ntry next:")
+    print("  rayward ui                                   # the registry and the runs, in a browser")
+    print("  rayward models show toy-steps@champion       # what a model is and what it came from")
+    print("  rayward run evaluate_model --model models:/toy-pairs@champion --suite toy_best_of_8 --output store/report")
 
 
 if __name__ == "__main__":

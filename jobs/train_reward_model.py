@@ -13,7 +13,7 @@ from pathlib import Path
 from rayward import fitting, registry
 from rayward.batching import BatchSettings
 from rayward.config import as_dict, command
-from rayward.fitting import Fitted, FitSettings
+from rayward.fitting import FitSettings, Fitted
 from rayward.rendering import RenderSettings
 from rayward.reward_model import ModelSettings
 from rayward.training import TrainSettings

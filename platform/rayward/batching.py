@@ -135,7 +135,7 @@ def collate(rows: Sequence[Sequence[Group]], shared: bool) -> Batch:
     for row in rows:
         if shared:
             start = 0
-            for number, group in enumerate(row):
+            for group in row:
                 columns = group.place_K.astype(np.int64) + start
                 places.append((np.full(len(columns), len(token)), columns))
                 start += len(group.token_T)

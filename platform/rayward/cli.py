@@ -1,8 +1,8 @@
 """The command line. It runs scripts, it does not import them; heavy things are imported inside commands, so `--help` answers at once.
 
-    rayward ls                           pipelines and jobs, a line each
-    rayward run label_pairs --help       what a script needs to know
-    rayward run mine.py --source S       a script of your own
+rayward ls                           pipelines and jobs, a line each
+rayward run label_pairs --help       what a script needs to know
+rayward run mine.py --source S       a script of your own
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_opti
 def run(context: typer.Context, name: Annotated[str, typer.Argument(help="a script's name (rayward ls) or a path")] = "--help") -> None:
     """Run a pipeline or a job here: rayward run NAME [its options]. `rayward run NAME --help` lists them."""
     if name in ("--help", "-h"):
-        print("Usage: rayward run NAME [OPTIONS OF THE SCRIPT]\n\nRun a pipeline or a job here. rayward run NAME --help lists its options.\n")
+        print(
+            "Usage: rayward run NAME [OPTIONS OF THE SCRIPT]\n\nRun a pipeline or a job here. rayward run NAME --help lists its options.\n"
+        )
         ls()
         return
     execute(find_script(name), context.args)
@@ -132,7 +134,9 @@ def list_models(as_json: Annotated[bool, typer.Option("--json", help="one JSON a
         print(json.dumps(rows, indent=2))
         return
     if not rows:
-        print(f"no models yet in {registry.tracking_uri()}\nregister one: rayward run train_reward_model ... --register NAME, or: rayward quickstart")
+        print(
+            f"no models yet in {registry.tracking_uri()}\nregister one: rayward run train_reward_model ... --register NAME, or: rayward quickstart"
+        )
         return
     from rich.console import Console
     from rich.table import Table
@@ -170,7 +174,9 @@ def show_model(
     if as_json:
         print(json.dumps(row, indent=2))
         return
-    print(f"{row['name']} version {row['version']}  {' '.join('@' + a for a in row['aliases'])}  created {row['created']}  run {row['run_id']}")
+    print(
+        f"{row['name']} version {row['version']}  {' '.join('@' + a for a in row['aliases'])}  created {row['created']}  run {row['run_id']}"
+    )
     for title, values in (("what it came from and how it did", row["tags"]), ("last metrics of its run", row["metrics"])):
         print(f"\n{title}")
         for key, value in sorted(values.items()):

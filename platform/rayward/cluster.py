@@ -1,7 +1,7 @@
 """The only place that starts or joins Ray.
 
-    with connect():      # joins RAY_ADDRESS if it is set, else a cluster of its own on this machine's cores
-        ...
+with connect():      # joins RAY_ADDRESS if it is set, else a cluster of its own on this machine's cores
+    ...
 """
 
 from __future__ import annotations
@@ -25,6 +25,13 @@ def on_cluster() -> bool:
     return bool(os.environ.get("RAY_ADDRESS"))
 
 
+def quiet(*loggers: str) -> None:
+    """Our own bar speaks; Ray's lines about plans and hints do not. RAYWARD_RAY_LOGS=1 lets them, and what workers print."""
+    if not os.environ.get("RAYWARD_RAY_LOGS"):
+        for name in loggers:
+            logging.getLogger(name).setLevel(logging.ERROR)
+
+
 @contextmanager
 def connect() -> Iterator[Any]:
     """Ray, started or joined; what was started here is stopped at the end, what was there before stays."""
@@ -33,8 +40,7 @@ def connect() -> Iterator[Any]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the coming default, which spares a warning
     import ray
 
-    for name in ("ray.data", "ray._private.authentication.authentication_token_setup"):
-        logging.getLogger(name).setLevel(logging.ERROR)  # our own bar speaks; Ray's start-up lines and hints do not
+    quiet("ray._private.authentication.authentication_token_setup")
     if ray.is_initialized():
         yield ray
         return
@@ -47,7 +53,8 @@ def connect() -> Iterator[Any]:
             ray.init(num_cpus=cores(), include_dashboard=False, log_to_driver=spoken, logging_level=logging.WARNING)
     except ConnectionError as error:
         raise SettingsError(
-            f"no Ray cluster answers at RAY_ADDRESS={address}: {error}", "start one with  ray start --head  or unset RAY_ADDRESS"
+            f"no Ray cluster answers at RAY_ADDRESS={address}: {error}",
+            "start one with  ray start --head  or unset RAY_ADDRESS",
         ) from None
     try:
         yield ray

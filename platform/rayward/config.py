@@ -120,9 +120,9 @@ def convert(kind: Any, value: Any, where: str) -> Any:
             raise SettingsError(f"{where}={value!r} is a group of settings", f"name one: {where}.NAME=VALUE")
         return resolve(kind, value, where + ".")  # type: ignore[arg-type]
     if origin in (Union, types.UnionType):
-        if value is None or (isinstance(value, str) and value.lower() in ("none", "null", "")):
-            if type(None) in get_args(kind):
-                return None
+        nothing = value is None or (isinstance(value, str) and value.lower() in ("none", "null", ""))
+        if nothing and type(None) in get_args(kind):
+            return None
         return convert(next(a for a in get_args(kind) if a is not type(None)), value, where)
     if origin is Literal:
         if value not in get_args(kind):
@@ -219,9 +219,10 @@ def parse_sets(assignments: Sequence[str]) -> dict[str, Any]:
             value = yaml.safe_load(text) if text else ""
         except yaml.YAMLError:
             value = text
+        nested: Any = value
         for part in reversed(name.split(".")):
-            value = {part: value}
-        given = merge(given, value)
+            nested = {part: nested}
+        given = merge(given, nested)
     return given
 
 
@@ -266,7 +267,7 @@ def field_help(cls: type) -> dict[str, str]:
     return help_of
 
 
-def command(main: Callable[[Any], None]) -> None:
+def command(main: Callable[[Any], object]) -> None:
     """Run `main(settings)` as a command whose options are the fields of its settings class."""
     import typer
 
@@ -280,7 +281,7 @@ def command(main: Callable[[Any], None]) -> None:
     guarded(app)
 
 
-def _typer_function(main: Callable[[Any], None], cls: type) -> tuple[Callable[..., None], list[str]]:
+def _typer_function(main: Callable[[Any], object], cls: type) -> tuple[Callable[..., None], list[str]]:
     """A function with one typer option per plain field, plus --config, --set and --dry-run; and a line of help per nested setting."""
     import typer
 
@@ -298,7 +299,7 @@ def _typer_function(main: Callable[[Any], None], cls: type) -> tuple[Callable[..
         if dataclasses.is_dataclass(kind):
             inner = field_help(kind)  # type: ignore[arg-type]
             defaults = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
-            for f in dataclasses.fields(kind):  # type: ignore[arg-type]
+            for f in dataclasses.fields(kind):
                 nested.append(f"--set {field.name}.{f.name}={getattr(defaults, f.name)}".ljust(46) + "  " + (inner.get(f.name) or ""))
             continue
         if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
@@ -318,7 +319,7 @@ def _typer_function(main: Callable[[Any], None], cls: type) -> tuple[Callable[..
     def run(**options: Any) -> None:
         config, sets, dry = options.pop("config"), options.pop("set_"), options.pop("dry_run")
         given = merge(read_file(config) if config else {}, parse_sets(sets or []))
-        settings = resolve(cls, merge(given, {n: v for n, v in options.items() if v is not None}))
+        settings: Any = resolve(cls, merge(given, {n: v for n, v in options.items() if v is not None}))
         if dry:
             import yaml
 

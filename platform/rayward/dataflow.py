@@ -72,7 +72,14 @@ class _Worker:
 
 
 def run(
-    tasks: Sequence[dict[str, Any]], make: Callable[[], Work], *, what: str, unit: str, engine: Engine, size: int = 0, actors: int = 0
+    tasks: Sequence[dict[str, Any]],
+    make: Callable[[], Work],
+    *,
+    what: str,
+    unit: str,
+    engine: Engine,
+    size: int = 0,
+    actors: int = 0,
 ) -> list[dict[str, Any]]:
     """Do every task; `make` makes the function that does one. With `actors` Ray keeps so many of them, each made once."""
     done: list[dict[str, Any]] = []
@@ -83,8 +90,8 @@ def run(
                 done.append(work(task))
                 bar.advance()
             return done
-        with cluster.connect() as ray:
-            for row in _ray_rows(ray, tasks, make, actors):
+        with cluster.connect():
+            for row in _ray_rows(tasks, make, actors):
                 if row["error"]:
                     raise DataError(*json.loads(row["error"]))
                 done.append(json.loads(row["done"]))
@@ -92,9 +99,10 @@ def run(
     return done
 
 
-def _ray_rows(ray: Any, tasks: Sequence[dict[str, Any]], make: Callable[[], Work], actors: int) -> Iterator[dict[str, Any]]:
+def _ray_rows(tasks: Sequence[dict[str, Any]], make: Callable[[], Work], actors: int) -> Iterator[dict[str, Any]]:
     import ray.data
 
+    cluster.quiet("ray.data")
     ray.data.DataContext.get_current().enable_progress_bars = False
     dataset = ray.data.from_items([{"task": json.dumps(task)} for task in tasks], override_num_blocks=max(1, len(tasks)))
     if actors:
@@ -331,9 +339,7 @@ class _PartWork:
         part = task["part"]
         table = pq.read_table(task["file"])
         made = self.transform(table)
-        leaves = {
-            side: write_part(self.stage / side, part, self.parts, rows, schema_of(self.kind)) for side, rows in made.tables.items()
-        }
+        leaves = {side: write_part(self.stage / side, part, self.parts, rows, schema_of(self.kind)) for side, rows in made.tables.items()}
         rejected = write_rejects(self.stage, f"part-{part:03d}.parquet", made.rejects)
         out = {side: rows.num_rows for side, rows in made.tables.items()}
         return {"rows_in": table.num_rows, "used": made.used, "rejected": dict(rejected), "out": out, "leaves": leaves}

@@ -46,7 +46,11 @@ class Report:
         flat: dict[str, float] = {}
         order, segments = self.numbers.get("order"), self.numbers.get("segments")
         if order:
-            flat |= {"accuracy": order["accuracy"]["value"], "accuracy_low": order["accuracy"]["low"], "accuracy_high": order["accuracy"]["high"]}
+            flat |= {
+                "accuracy": order["accuracy"]["value"],
+                "accuracy_low": order["accuracy"]["low"],
+                "accuracy_high": order["accuracy"]["high"],
+            }
             flat |= {"length_baseline": order["length_baseline"]["value"], "nll": order["nll"], "brier": order["brier"]}
             flat |= {"ece": order["ece"], "ece_calibrated": order["calibrated"]["ece"], "temperature": order["temperature"]}
         if segments:
@@ -55,7 +59,10 @@ class Report:
             if "first_error" in segments:
                 flat["first_error_f1"] = segments["first_error"]["f1"]
         if "best_of" in self.numbers:
-            flat |= {"best_of_picked": self.numbers["best_of"]["picked"], "best_of_mean": self.numbers["best_of"]["mean_answer"]}
+            flat |= {
+                "best_of_picked": self.numbers["best_of"]["picked"],
+                "best_of_mean": self.numbers["best_of"]["mean_answer"],
+            }
         return {name: value for name, value in flat.items() if value == value}
 
 
@@ -92,7 +99,11 @@ def judge(examples: Sequence[Example], scores: metrics.Scores) -> Report:
     every = np.array([s for score in scores for s in score], float)
     if len(every):
         q = np.quantile(every, [0, 0.05, 0.5, 0.95, 1])
-        numbers["score"] = {"mean": float(every.mean()), "std": float(every.std()), **dict(zip(("min", "q05", "median", "q95", "max"), map(float, q), strict=True))}
+        numbers["score"] = {
+            "mean": float(every.mean()),
+            "std": float(every.std()),
+            **dict(zip(("min", "q05", "median", "q95", "max"), map(float, q), strict=True)),
+        }
     compared = metrics.comparisons(examples, scores)
     if len(compared.logit):
         prompts = [prompt_id(examples[n].prompt) for n in compared.example]
@@ -126,6 +137,7 @@ def _order(compared: metrics.Comparisons, prompts: Sequence[str]) -> dict[str, A
     ones = np.ones(len(logit))
     right = (logit > 0) * weight
     ties = int((logit == 0).sum())
+    baseline = _with_interval(prompts, ((longer > 0) + 0.5 * (longer == 0)) * weight, weight)
     by_length = {}
     for name, sign in (("longer", 1), ("shorter", -1), ("equal", 0)):
         mask = longer == sign
@@ -143,8 +155,8 @@ def _order(compared: metrics.Comparisons, prompts: Sequence[str]) -> dict[str, A
         "temperature": metrics.fit_temperature(logit, ones),
         "calibrated": _calibrated(logit, ones, prompts),
         **by_length,
-        "length_baseline": {"rule": "the longer answer is better; equal lengths count half", **_with_interval(prompts, ((longer > 0) + 0.5 * (longer == 0)) * weight, weight)},
-    }  # fmt: skip
+        "length_baseline": {"rule": "the longer answer is better; equal lengths count half", **baseline},
+    }
 
 
 def _with_interval(prompts: Sequence[str], total: Array, weight: Array) -> dict[str, float]:
@@ -163,7 +175,11 @@ def _cross_fitted(logit: Array, target: Array, prompts: Sequence[str]) -> Array:
 
 def _calibrated(logit: Array, target: Array, prompts: Sequence[str]) -> dict[str, float]:
     scaled = _cross_fitted(logit, target, prompts)
-    return {"nll": metrics.log_loss(scaled, target), "brier": metrics.brier(scaled, target), "ece": metrics.reliability(scaled, target).ece}
+    return {
+        "nll": metrics.log_loss(scaled, target),
+        "brier": metrics.brier(scaled, target),
+        "ece": metrics.reliability(scaled, target).ece,
+    }
 
 
 def _worst(examples: Sequence[Example], scores: metrics.Scores, compared: metrics.Comparisons, most: int = 5) -> list[dict[str, Any]]:
@@ -267,7 +283,15 @@ def _svg(draw: Callable[[Any], None]) -> str:
     matplotlib.use("Agg")
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "rayward", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+    with matplotlib.rc_context(
+        {
+            "svg.fonttype": "none",
+            "svg.hashsalt": "rayward",
+            "font.size": 9,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+        }
+    ):
         figure = Figure(figsize=(4.2, 3.0), layout="constrained")
         draw(figure.subplots())
         out = io.StringIO()
@@ -278,7 +302,10 @@ def _svg(draw: Callable[[Any], None]) -> str:
 def _reliability_plot(logit: Array, target: Array, prompts: Sequence[str]) -> str:
     def draw(ax: Any) -> None:
         ax.plot([0.5, 1], [0.5, 1], color=GREY, lw=1, ls="--")
-        for values, color, label in ((logit, ORANGE, "as scored"), (_cross_fitted(logit, target, prompts), BLUE, "with temperature")):
+        for values, color, label in (
+            (logit, ORANGE, "as scored"),
+            (_cross_fitted(logit, target, prompts), BLUE, "with temperature"),
+        ):
             r = metrics.reliability(values, target)
             ax.plot(r.confidence, r.accuracy, "o-", ms=4, lw=1.2, color=color, label=f"{label}: ECE {r.ece:.3f}")
         ax.set(xlabel="confidence", ylabel="share right", xlim=(0.49, 1.01), ylim=(0, 1.02))
@@ -290,7 +317,8 @@ def _reliability_plot(logit: Array, target: Array, prompts: Sequence[str]) -> st
 def _order_plots(
     examples: Sequence[Example], scores: metrics.Scores, compared: metrics.Comparisons, prompts: Sequence[str]
 ) -> dict[str, str]:
-    top, rest = [], []
+    top: list[float] = []
+    rest: list[float] = []
     for example, score in zip(examples, scores, strict=True):
         if len(score) == len(example.answers):
             for t, s in zip(example.targets, score, strict=True):

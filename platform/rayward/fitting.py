@@ -44,8 +44,10 @@ from rayward.splits import Shares, side
 from rayward.storage import Dataset, open_dataset
 from rayward.training import Report, Run, Team, TrainSettings, train
 
-
 TRACKING = "tracking.json"  # in OUTPUT: which tracked run it belongs to
+
+
+SMALL = 2_000_000  # parameters below which one thread is as fast as two (docs/log.md)
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,7 @@ def fit(settings: FitSettings, output: str, workers: int = 1, report: Report = l
     _check_targets(settings.objective, objective, train_groups)
     if workers == 1:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        _set_threads(loaded.model, cluster.cores())
         _train_here(folder, settings, loaded.model.to(device), report)
     else:
         _train_on_workers(folder, settings, workers, report)
@@ -154,7 +157,8 @@ def _objective_name(name: str, sides: Sides) -> str:
         return name
     if sides.labeler not in LABELERS:
         raise SettingsError(
-            f"objective=auto: {sides.dataset.path} does not say which labeler made it", "name one, e.g. --objective bradley_terry"
+            f"objective=auto: {sides.dataset.path} does not say which labeler made it",
+            "name one, e.g. --objective bradley_terry",
         )
     return LABELERS[sides.labeler].objective
 
@@ -287,7 +291,8 @@ def _train_on_workers(folder: Path, settings: FitSettings, workers: int, report:
         gpus = ray.cluster_resources().get("GPU") or 0
         if workers > ray.cluster_resources()["CPU"]:
             raise SettingsError(
-                f"--workers {workers} needs {workers} CPUs and this cluster has {ray.cluster_resources()['CPU']:g}", "ask for fewer workers"
+                f"--workers {workers} needs {workers} CPUs and this cluster has {ray.cluster_resources()['CPU']:g}",
+                "ask for fewer workers",
             )
         trainer = TorchTrainer(
             _worker,
@@ -300,7 +305,10 @@ def _train_on_workers(folder: Path, settings: FitSettings, workers: int, report:
             ),
         )
         total = _run(folder, settings, None, report, Team()).total
-        with Progress("train", total=total, unit="steps") as bar, _following(folder / "run" / "metrics.jsonl", _telling(bar, report)):
+        with (
+            Progress("train", total=total, unit="steps") as bar,
+            _following(folder / "run" / "metrics.jsonl", _telling(bar, report)),
+        ):
             try:
                 trainer.fit()
             except KeyboardInterrupt:
@@ -322,11 +330,17 @@ def _worker(config: dict[str, Any]) -> None:
 
     folder, settings = Path(config["folder"]), resolve(FitSettings, config["settings"])
     device = ray.train.torch.get_device()
-    torch.set_num_threads(max(1, cluster.cores() // ray.train.get_context().get_local_world_size()))
     start = folder / "start"
     path = str(start) if start.is_dir() else settings.model
     loaded = load_model(path, replace(settings.net, new_head=False), settings.render.max_length)
+    _set_threads(loaded.model, cluster.cores() // ray.train.get_context().get_local_world_size())
     train(_run(folder, settings, loaded.model.to(device), lambda line: None, Team.here()))
+
+
+def _set_threads(model: torch.nn.Module, cores: int) -> None:
+    """One thread for small models, whose matrices are too small to share and whose threads would only wait for each other."""
+    small = sum(p.numel() for p in model.parameters()) < SMALL
+    torch.set_num_threads(1 if small else max(1, cores))
 
 
 @contextmanager
@@ -384,5 +398,3 @@ def _temperature(loaded: Loaded, held: Groups, objective: Objective, settings: F
         if g.target_K[i] > g.target_K[j]
     ]
     return metrics.fit_temperature(np.array(gaps), np.ones(len(gaps)))
-
-

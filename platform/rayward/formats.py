@@ -88,7 +88,7 @@ def decode(content: bytes | Mapping[str, Any]) -> Mapping[str, Any]:
         try:
             text = content.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise BadRecord(f"invalid UTF-8: byte {content[error.start] :#04x} at {error.start}") from None
+            raise BadRecord(f"invalid UTF-8: byte {content[error.start]:#04x} at {error.start}") from None
         if not text.strip():
             raise BadRecord("blank line")
         try:
@@ -142,9 +142,7 @@ def pair(prompt: Prompt, chosen: str, rejected: str, row_id: str, margin: float 
         check_text(side, text)
     if chosen == rejected:
         raise BadRecord("identical answers: chosen and rejected are the same text")
-    return [
-        Rollout(id=f"{row_id}/{side}", prompt=prompt, steps=(text,), reward=reward, judgement=row_id) for side, text, reward in sides
-    ]
+    return [Rollout(id=f"{row_id}/{side}", prompt=prompt, steps=(text,), reward=reward, judgement=row_id) for side, text, reward in sides]
 
 
 # ----------------------------------------------------------------------------------------------------------------- formats
@@ -371,7 +369,7 @@ def read_rows(name: str, path: str) -> Iterator[RawRow | Unreadable]:
                         number += 1
                         yield RawRow(name, number, row)
             return
-        with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:  # type: ignore[assignment]
+        with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
             for line in file:
                 number += 1
                 yield RawRow(name, number, line.rstrip(b"\r\n"))

@@ -206,7 +206,12 @@ def best_of(examples: Sequence[Example], scores: Scores) -> dict[str, float]:
             best.append(target.max())
     if not picked:
         return {}
-    return {"picked": float(np.mean(picked)), "mean_answer": float(np.mean(mean)), "best_answer": float(np.mean(best)), "examples": len(picked)}
+    return {
+        "picked": float(np.mean(picked)),
+        "mean_answer": float(np.mean(mean)),
+        "best_answer": float(np.mean(best)),
+        "examples": len(picked),
+    }
 
 
 def kendall_tau(examples: Sequence[Example], scores: Scores) -> float:

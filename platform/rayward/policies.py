@@ -68,4 +68,3 @@ POLICIES: dict[str, Callable[..., Policy]] = {"toy": _toy}
 def make_policy(name: str, settings: Mapping[str, Any] | None = None) -> Policy:
     """The policy of that name with these settings."""
     return choose(POLICIES, name, "policy")(**(settings or {}))
-

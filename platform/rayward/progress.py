@@ -58,7 +58,11 @@ class Progress:
         self.spoke = time.monotonic()
         took, did = self.spoke - self.started, self.done - self.start
         left = f", {took / did * (self.total - self.done):,.0f} s left" if did and self.done < self.total else ""
-        print(f"{self.what}: {self.done:,} of {self.total:,} {self.unit} in {took:,.0f} s{left}  {self.words}", file=sys.stderr, flush=True)
+        print(
+            f"{self.what}: {self.done:,} of {self.total:,} {self.unit} in {took:,.0f} s{left}  {self.words}",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._bar is not None:

@@ -129,9 +129,8 @@ class Rollout:
             check_number(f"the reward for {attribute}", value)
         for name in ("judgement", "annotator", "policy", "continues"):
             _check_storable(name, getattr(self, name))
-        for key, value in (*self.provenance.items(), *((n, "") for n in self.rewards)):
-            _check_storable("provenance", key)
-            _check_storable(f"provenance {key}", value)
+        for text in (*self.rewards, *self.provenance, *self.provenance.values()):
+            _check_storable("provenance", text)
         if not 0 <= self.kept_steps <= len(self.steps):
             raise BadRecord(f"wrong value: kept_steps={self.kept_steps} of {len(self.steps)} steps")
 

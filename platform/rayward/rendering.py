@@ -33,8 +33,8 @@ class RenderSettings:
     """How texts become tokens."""
 
     max_length: int = 2048  # tokens of a prompt with one answer
-    too_long: Literal["reject", "cut_prompt", "cut_answer"] = "reject"  # what is done with more: left out with both lengths said,
-    # the start of the prompt cut off, or the end of the answer
+    too_long: Literal["reject", "cut_prompt", "cut_answer", "cut"] = "reject"  # what is done with more: left out with both lengths said,
+    # the start of the prompt cut off, the end of the answer, or the prompt down to a quarter of max_length and then the answer
 
     def __post_init__(self) -> None:
         if self.max_length < 2:
@@ -89,9 +89,11 @@ class Renderer:
     def _render(self, examples: Sequence[Example]) -> Iterator[Group | Rejected]:
         texts: list[_Texts | str] = [self._texts(e) for e in examples]
         pieces = [piece for t in texts if isinstance(t, _Texts) for piece in (t.prompt, *t.answers)]
-        encoded = iter(())
+        encoded: Iterator[Any] = iter(())
         if pieces:
-            batch = self.tokenizer(pieces, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False)
+            batch = self.tokenizer(
+                pieces, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
+            )
             encoded = iter(zip(batch["input_ids"], batch["offset_mapping"], strict=True))
         for example, text in zip(examples, texts, strict=True):
             if isinstance(text, str):
@@ -131,7 +133,9 @@ class Renderer:
         turns = [{"role": m.role, "content": m.content} for m in messages]
         return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=open_answer))
 
-    def _group(self, example: Example, prompt: list[int], answers: list[tuple[list[int], list[tuple[int, int]]]], text: _Texts) -> Group | str:
+    def _group(
+        self, example: Example, prompt: list[int], answers: list[tuple[list[int], list[tuple[int, int]]]], text: _Texts
+    ) -> Group | str:
         ids: list[list[int]] = []
         places: list[list[int]] = []
         for (tokens, offsets), ends in zip(answers, text.ends, strict=True):
@@ -150,7 +154,11 @@ class Renderer:
             return cut
         prompt, ids = cut
         if len(ids) == 2 and ids[0] == ids[1] and example.targets[0] != example.targets[1]:
-            was = "after truncation" if len(prompt) < before or any(len(i) < len(a[0]) for i, a in zip(ids, answers, strict=True)) else "in tokens"
+            was = (
+                "after truncation"
+                if len(prompt) < before or any(len(i) < len(a[0]) for i, a in zip(ids, answers, strict=True))
+                else "in tokens"
+            )
             return f"identical {was}: both answers are the same {len(ids[0])} tokens"
         starts = np.cumsum([len(prompt), *map(len, ids)])
         return Group(
@@ -163,24 +171,25 @@ class Renderer:
 
     def _fit(self, prompt: list[int], ids: list[list[int]], places: list[list[int]]) -> tuple[list[int], list[list[int]]] | str:
         """What fits into max_length, cut as the settings say; or a reason with both lengths."""
-        limit, longest = self.settings.max_length, max(map(len, ids))
+        limit, longest, how = self.settings.max_length, max(map(len, ids)), self.settings.too_long
         if len(prompt) + longest <= limit:
             return prompt, ids
         too_long = f"too long: {len(prompt):,} + {longest:,} tokens of prompt and answer > {limit:,}"
         fixed = len(self.before)  # BOS or CLS stays
-        if self.settings.too_long == "cut_prompt" and fixed + longest < limit:
-            return prompt[:fixed] + prompt[len(prompt) - (limit - longest - fixed) :], ids
-        if self.settings.too_long == "cut_answer" and len(prompt) < limit:
-            room = limit - len(prompt)
-            if any(p >= room for at in places for p in at[:-1]):
-                return too_long + ", and the end of a step would be cut off"
-            for n, tokens in enumerate(ids):
-                ids[n] = tokens[:room]
-                places[n][-1] = min(places[n][-1], room - 1)
-                if len(set(places[n])) < len(places[n]):
-                    return too_long + ", and a step would be cut off"
-            return prompt, ids
-        return too_long
+        least = {"reject": limit, "cut_prompt": fixed + 1, "cut_answer": len(prompt), "cut": max(fixed + 1, limit // 4)}[how]
+        keep = min(len(prompt), max(least, limit - longest))
+        room = limit - keep
+        if how == "reject" or room < 1 or (how == "cut_prompt" and room < longest):
+            return too_long
+        if any(p >= room for at in places for p in at[:-1]):
+            return too_long + ", and the end of a step would be cut off"
+        prompt = prompt[:fixed] + prompt[len(prompt) - (keep - fixed) :]
+        for n, tokens in enumerate(ids):
+            ids[n] = tokens[:room]
+            places[n][-1] = min(places[n][-1], room - 1)
+            if len(set(places[n])) < len(places[n]):
+                return too_long + ", and a step would be cut off"
+        return prompt, ids
 
 
 @dataclass(frozen=True)
@@ -286,5 +295,8 @@ def write_groups(folder: Path, tables: Iterable[pa.Table], renderer: Renderer) -
                     writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=_SCHEMA))
     if not written:
         reasons = ", ".join(sorted({r.category for r in rejects})) or "there were none"
-        raise DataError(f"no example could be rendered ({reasons})", "if they are too long: --set render.max_length=... or render.too_long=cut_prompt")
+        raise DataError(
+            f"no example could be rendered ({reasons})",
+            "if they are too long: --set render.max_length=... or render.too_long=cut_prompt",
+        )
     return rejects

@@ -62,16 +62,19 @@ class Traits(NamedTuple):
 class RewardModel(nn.Module):
     """Body and head; `score_GK = model(batch)`."""
 
-    def __init__(self, classifier: nn.Module, pooling: Pooling = "auto", max_length: int = 0):
+    def __init__(self, classifier: Any, pooling: Pooling = "auto", max_length: int = 0):
         super().__init__()
-        self.classifier = classifier
+        self.classifier: Any = classifier
         window = _sliding_window(classifier.config)
         seen = examine(classifier)
         outgrown = bool(window and max_length > window)
         self.traits = Traits(seen.causal, seen.shares_prefix and not outgrown)
         self.pooling: Pooling = ("last" if seen.causal else "own") if pooling == "auto" else pooling
         if self.pooling == "last" and not seen.causal:
-            raise ModelError("pooling=last reads a token that has seen what comes after it: this body is not causal", "use --set net.pooling=mean or own")
+            raise ModelError(
+                "pooling=last reads a token that has seen what comes after it: this body is not causal",
+                "use --set net.pooling=mean or own",
+            )
         self.shares_prefix = self.traits.shares_prefix and self.pooling == "last"
         if self.pooling != "own" and not isinstance(self.head, nn.Linear):
             raise ModelError(
@@ -80,7 +83,7 @@ class RewardModel(nn.Module):
             )
 
     @property
-    def head(self) -> nn.Module:
+    def head(self) -> Any:
         """The last layer, hidden size to 1."""
         head = getattr(self.classifier, "score", None) or getattr(self.classifier, "classifier", None)
         assert isinstance(head, nn.Module), f"{type(self.classifier).__name__} has neither `score` nor `classifier`"
@@ -147,13 +150,13 @@ def score_groups(
 # ------------------------------------------------------------------------------------------------- what bodies take and do
 
 
-def _body(classifier: nn.Module) -> nn.Module:
+def _body(classifier: Any) -> Any:
     body = classifier.base_model
     assert body is not classifier, f"{type(classifier).__name__} has no body of its own"
     return body
 
 
-def _inputs(module: nn.Module, batch: Batch, *, packed: bool) -> dict[str, Tensor | bool]:
+def _inputs(module: Any, batch: Batch, *, packed: bool) -> dict[str, Tensor | bool]:
     """The arguments of a forward call: a 4-D mask and positions for packed rows, the usual 2-D mask for separate sequences."""
     inputs: dict[str, Tensor | bool] = {"input_ids": batch.token_BT}
     if packed:
@@ -176,7 +179,7 @@ def _sliding_window(config: Any) -> int | None:
 
 
 @torch.no_grad()
-def examine(classifier: nn.Module) -> Traits:
+def examine(classifier: Any) -> Traits:
     """Ask a body what it can do, with one group of a prompt and two answers, packed and separate, on its own device and in float32."""
     config, body = classifier.config, _body(classifier)
     rng = np.random.default_rng(0)
@@ -259,7 +262,7 @@ def _quiet() -> None:
     logging.disable_progress_bar()
 
 
-def _fresh_head(classifier: nn.Module) -> None:
+def _fresh_head(classifier: Any) -> None:
     """Normal with standard deviation 1/sqrt(d+1), bias 0 (Stiennon et al. 2020, appendix B.1)."""
     for name in ("score", "classifier"):
         head = getattr(classifier, name, None)
@@ -269,7 +272,7 @@ def _fresh_head(classifier: nn.Module) -> None:
                 nn.init.zeros_(head.bias)
 
 
-def _with_padding(classifier: nn.Module, tokenizer: Any) -> None:
+def _with_padding(classifier: Any, tokenizer: Any) -> None:
     """Tell the plain Hugging Face class what padding is; our own scores never depend on it."""
     if classifier.config.pad_token_id is None:
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -308,9 +311,7 @@ def write_notes(folder: Path, notes: dict[str, Any]) -> None:
 
 # ---------------------------------------------------------------------------------------------------------- from scratch
 
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] }} <|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|> {% endif %}"
-)
+CHAT_TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] }} <|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|> {% endif %}"
 
 
 def tiny_model(examples: Iterable[Example], settings: ModelSettings, max_length: int, seed: int) -> Loaded:

@@ -78,6 +78,7 @@ def toy_problem(index: int, world: ToyWorld, seed: int) -> Problem:
 def sample(recipe: Recipe, problems: str, settings: SampleSettings, parts: int = 0) -> Dataset:
     """Rollouts of `problems`: a file or folder of rows with prompt and gold, or `toy:N` (N problems of the toy world)."""
     produce = partial(_sample_chunk, settings)
+    tasks: list[dict[str, Any]]
     toy = re.fullmatch(r"toy:(\d+)(?::(\d+))?", problems)
     if toy:
         count, seed = int(toy[1]), int(toy[2] or 0)
@@ -128,13 +129,19 @@ def sample_problems(problems: Sequence[Problem], policy: Policy, settings: Sampl
     for (problem, n), done in zip(asked, answers, strict=True):
         made[problem.id].append(_rollout(problem, f"{problem.id}/{n}", done.steps, done.finish_reason, settings))
         if n < settings.continued:
-            for kept in range(1, len(done.steps)):
-                prefixes += [(problem, f"{problem.id}/{n}", done.steps[:kept], k) for k in range(settings.continuations)]
+            for length in range(1, len(done.steps)):
+                prefixes += [(problem, f"{problem.id}/{n}", done.steps[:length], k) for k in range(settings.continuations)]
     more = policy([Request(p.prompt, kept, seed_of(settings.seed, parent, len(kept), k)) for p, parent, kept, k in prefixes])
     for (problem, parent, kept, k), done in zip(prefixes, more, strict=True):
         made[problem.id].append(
             _rollout(
-                problem, f"{parent}/{len(kept)}/{k}", kept + done.steps, done.finish_reason, settings, continues=parent, kept_steps=len(kept)
+                problem,
+                f"{parent}/{len(kept)}/{k}",
+                kept + done.steps,
+                done.finish_reason,
+                settings,
+                continues=parent,
+                kept_steps=len(kept),
             )
         )
     return list(made.values())
@@ -153,6 +160,11 @@ def _rollout(
         correct=correct,
         judgement="graded",
         policy=settings.policy,
-        provenance={"finish_reason": finish_reason, "gold": problem.gold, "grader": settings.grader, "seed": str(settings.seed)},
+        provenance={
+            "finish_reason": finish_reason,
+            "gold": problem.gold,
+            "grader": settings.grader,
+            "seed": str(settings.seed),
+        },
         **more,
     )

@@ -96,9 +96,7 @@ class Scorer:
     def _example(self, rollouts: Sequence[Rollout]) -> Example:
         answers = tuple(self._segments(r) for r in rollouts)
         places = sum(map(len, answers))
-        return Example(
-            id=rollouts[0].id, prompt=rollouts[0].prompt, answers=answers, targets=(0.0,) * places, counts=(0,) * places
-        )
+        return Example(id=rollouts[0].id, prompt=rollouts[0].prompt, answers=answers, targets=(0.0,) * places, counts=(0,) * places)
 
 
 def score_dataset(recipe: Recipe, source: Dataset, folder: str, actors: int) -> Dataset:

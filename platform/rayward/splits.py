@@ -21,7 +21,7 @@ class Shares:
     salt: str = ""  # another salt is another split
 
     def __post_init__(self) -> None:
-        if not (0 <= self.validation and 0 <= self.test and self.validation + self.test < 1):
+        if not (self.validation >= 0 and self.test >= 0 and self.validation + self.test < 1):
             raise ValueError(f"validation={self.validation} and test={self.test} must be at least 0 and leave something to train on")
 
 

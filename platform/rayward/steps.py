@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 
 def cut(answer: str) -> tuple[str, ...]:
@@ -26,7 +26,8 @@ def cut(answer: str) -> tuple[str, ...]:
     return tuple(pieces)
 
 
-class Value(NamedTuple):
+@dataclass(frozen=True)
+class Value:
     """What is known of a step prefix: of `count` continuations whose answer could be graded, `right` ended right."""
 
     right: int = 0

@@ -30,17 +30,17 @@ def _examples(made: Sequence[Example | Rejected]) -> list[Example]:
     return [e for e in made if isinstance(e, Example)]
 
 
-def toy_pairs(problems: int = 200) -> list[Example]:
+def toy_pairs(problems: int = 800) -> list[Example]:
     """A right and a wrong answer to each of some unseen toy problems."""
     return [e for r in _rollouts(problems, 8) for e in _examples(list(pairs(r, PairSettings("best_worst"))))]
 
 
-def toy_best_of_8(problems: int = 200) -> list[Example]:
+def toy_best_of_8(problems: int = 400) -> list[Example]:
     """Eight answers to each of some unseen toy problems, some right and some wrong."""
     return [e for r in _rollouts(problems, 8) for e in _examples(list(rankings(r, RankingSettings())))]
 
 
-def toy_steps(problems: int = 300) -> list[Example]:
+def toy_steps(problems: int = 600) -> list[Example]:
     """One answer to each of some unseen toy problems; the target of a step is its true value, in closed form."""
     world = ToyWorld()
     examples = []
@@ -60,4 +60,8 @@ def toy_steps(problems: int = 300) -> list[Example]:
     return [replace(e, provenance={"targets": "closed form"}) for e in examples]
 
 
-SUITES: dict[str, Callable[[], list[Example]]] = {"toy_pairs": toy_pairs, "toy_best_of_8": toy_best_of_8, "toy_steps": toy_steps}
+SUITES: dict[str, Callable[[], list[Example]]] = {
+    "toy_pairs": toy_pairs,
+    "toy_best_of_8": toy_best_of_8,
+    "toy_steps": toy_steps,
+}

@@ -45,7 +45,7 @@ def seed_of(*parts: object) -> int:
 class ToyWorld:
     """The running maximum and its solver."""
 
-    slip: float = 0.2  # chance that a step writes another number of the problem
+    slip: float = 0.12  # chance that a step writes another number of the problem
     repair: float = 0.0  # chance that a step without a slip also makes good an earlier slip
     least: int = 4  # numbers in the shortest problem
     most: int = 7  # numbers in the longest problem

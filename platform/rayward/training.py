@@ -175,7 +175,10 @@ def train(run: Run) -> dict[str, Any]:
             done = step + 1
             last = done == total
             if done % settings.log_every == 0 or last:
-                lines.write(done, {**_values(team.sum(tally.drain(run.objective, team), model.device)), "lr": settings.lr_at(step, total)})
+                lines.write(
+                    done,
+                    {**_values(team.sum(tally.drain(run.objective, team), model.device)), "lr": settings.lr_at(step, total)},
+                )
             if run.validation is not None and (done % validate_every == 0 or last):
                 paused = time.monotonic()
                 values = validate(run)
@@ -203,9 +206,7 @@ def make_optimizer(model: RewardModel, settings: TrainSettings) -> torch.optim.O
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.lr, betas=(0.9, settings.beta2))
 
 
-def _step(
-    run: Run, optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parameter], step: int, numbers: Any, tally: _Tally
-) -> None:
+def _step(run: Run, optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parameter], step: int, numbers: Any, tally: _Tally) -> None:
     """One optimizer step over the examples of that step; every worker does every `size`-th micro-batch."""
     model, settings, team = run.model, run.train, run.team
     groups = [run.groups[int(n)] for n in numbers]

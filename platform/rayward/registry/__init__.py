@@ -220,7 +220,11 @@ def _requirements() -> list[str]:
 @contextmanager
 def _no_chatter() -> Iterator[None]:
     """MLflow prints progress bars and advice around a registration; what matters is said by us."""
-    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+    with (
+        open(os.devnull, "w", encoding="utf-8") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
         yield
 
 
@@ -261,7 +265,8 @@ def find(reference: str) -> dict[str, Any]:
     if not mine:
         known = sorted({row["name"] for row in every})
         raise RegistryError(
-            f"no model {name} in {tracking_uri()}", suggest(name, known) if known else "register one: train_reward_model --register NAME"
+            f"no model {name} in {tracking_uri()}",
+            suggest(name, known) if known else "register one: train_reward_model --register NAME",
         )
     if at:
         found = [row for row in mine if alias in row["aliases"]]
@@ -310,7 +315,9 @@ def identity(model: str) -> dict[str, Any]:
         return {"model": f"models:/{row['name']}/{row['version']}", "run_id": row["run_id"]}
     weights = sorted(Path(model).glob("*.safetensors"))
     if not weights:
-        raise RegistryError(f"{model} holds no model", "give the folder that train_reward_model wrote (OUTPUT/model), or models:/NAME@ALIAS")
+        raise RegistryError(
+            f"{model} holds no model", "give the folder that train_reward_model wrote (OUTPUT/model), or models:/NAME@ALIAS"
+        )
     digest = hashlib.sha256()
     for path in weights:
         digest.update(path.read_bytes())

@@ -38,7 +38,11 @@ class RewardModelPyfunc(PythonModel):
         read = []
         for number, row in enumerate(pd.DataFrame(model_input).to_dict("records")):
             steps = row.get("steps")
-            row = {"prompt": _prompt(row.get("prompt")), "answer": row.get("answer"), "steps": None if steps is None else list(steps)}
+            row = {
+                "prompt": _prompt(row.get("prompt")),
+                "answer": row.get("answer"),
+                "steps": None if steps is None else list(steps),
+            }
             try:
                 read += rollouts(row, f"row-{number}")
             except BadRecord as error:
