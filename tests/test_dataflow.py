@@ -119,12 +119,11 @@ def test_ray_and_this_process_make_the_same(ray_cluster: Any, tmp_path: Path) ->
 
 
 def test_a_mistake_that_a_ray_worker_finds_is_the_users_message(ray_cluster: Any, tmp_path: Path) -> None:
-    write(tmp_path / "problems.jsonl", [{"question": "largest of 12 13 ?", "answer": "13"}])
-    script = runpy.run_path(str(find_script("sample_rollouts")))
-    sample = script["SampleSettings"](policy="tyo")
-    with pytest.raises(SettingsError, match="did you mean toy"):
-        pipeline("sample_rollouts", problems=str(tmp_path), output=str(tmp_path / "out"), sample=sample, engine="ray")
-    assert [p.name for p in tmp_path.iterdir()] == ["problems.jsonl"]
+    sample = runpy.run_path(str(find_script("sample_rollouts")))["SampleSettings"]
+    with pytest.raises(SettingsError, match="did you mean slip"):
+        settings = sample(policy_settings='{"slipp": 0.3}')
+        pipeline("sample_rollouts", problems="toy:10", output=str(tmp_path / "out"), sample=settings, engine="ray")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -142,16 +141,351 @@ def test_a_changed_cell_changes_the_digest(change: Row, tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------------------------------------- digests
 
 TEXTS = st.none() | st.text(max_size=4)
+SHARES = st.none() | st.floats(0, 1)
 COLUMNS: dict[str, tuple[pa.DataType, st.SearchStrategy[Any]]] = {
     "text": (pa.string(), TEXTS),
-    "number": (pa.float64(), st.none() | st.floats(allow_nan=False)),
+    "number": (pa.float64(), SHARES),
     "whole": (pa.int32(), st.none() | st.integers(-5, 5)),
     "flag": (pa.bool_(), st.none() | st.booleans()),
     "texts": (pa.list_(pa.string()), st.none() | st.lists(TEXTS, max_size=3)),
     "deep": (pa.list_(pa.list_(pa.string())), st.none() | st.lists(st.none() | st.lists(TEXTS, max_size=2), max_size=2)),
-    "map": (pa.map_(pa.string(), pa.float64()), st.none() | st.dictionaries(st.text(max_size=2), st.none() | st.floats(0, 1)).map(sorted_items)),
+    "map": (pa.map_(pa.string(), pa.float64()), st.none() | st.lists(st.tuples(st.text(max_size=2), SHARES), max_size=2)),
     "structs": (
         pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())])),
         st.none() | st.lists(st.none() | st.fixed_dictionaries({"role": TEXTS, "content": TEXTS}), max_size=2),
     ),
 }
+NESTED = pa.schema([("prompt_id", pa.string()), ("id", pa.string()), *((name, kind) for name, (kind, _) in COLUMNS.items())])
+PROMPT_IDS = st.sampled_from(["00a", "00b", "7f1", "ff2"])
+NESTED_ROWS = st.lists(
+    st.fixed_dictionaries({"prompt_id": PROMPT_IDS, "id": st.text(max_size=2), **{name: values for name, (_, values) in COLUMNS.items()}}),
+    min_size=1,
+    max_size=6,
+)
+
+
+def nested_table(rows: list[Row]) -> pa.Table:
+    return sort_rows(pa.Table.from_pylist(rows, schema=NESTED))
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(rows=NESTED_ROWS, others=NESTED_ROWS, data=st.data())
+def test_digests_do_not_depend_on_how_arrow_lays_a_table_out(rows: list[Row], others: list[Row], data: st.DataObject) -> None:
+    table, other = nested_table(rows), nested_table(others)
+    cut = data.draw(st.integers(0, len(rows)))
+    mask = pa.array([False] * len(others) + [True] * len(rows))
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    layouts = [
+        pa.concat_tables([table.slice(0, cut), table.slice(cut)]),
+        pa.concat_tables([other, table, other]).combine_chunks().slice(len(others), len(rows)),
+        pa.concat_tables([other, table]).filter(mask),
+        table.take(pa.array(range(len(rows)))),
+        pq.read_table(pa.BufferReader(sink.getvalue())),
+    ]
+    assert all(layout.equals(table) for layout in layouts)
+    assert all(leaf_digests(layout) == leaf_digests(table) for layout in layouts)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(rows=NESTED_ROWS, data=st.data())
+def test_a_changed_cell_changes_the_digest_of_its_range_only(rows: list[Row], data: st.DataObject) -> None:
+    before = nested_table(rows).to_pylist()
+    at = data.draw(st.integers(0, len(rows) - 1))
+    name = data.draw(st.sampled_from(list(COLUMNS)))
+    after = [*before[:at], {**before[at], name: data.draw(COLUMNS[name][1])}, *before[at + 1 :]]
+    one, other = (pa.Table.from_pylist(made, schema=NESTED) for made in (before, after))
+    assume(not one.equals(other))
+    digests, changed = leaf_digests(one), leaf_digests(other)
+    assert {leaf for leaf in digests if digests[leaf] != changed[leaf]} == {before[at]["prompt_id"][:2]}
+
+
+def test_lists_that_hold_the_same_words_differently_have_different_digests() -> None:
+    columns: list[list[Any]] = [
+        [["ab"], []],
+        [[], ["ab"]],
+        [["a", "b"], []],
+        [["a"], ["b"]],
+        [["ab", ""], []],
+        [["", "ab"], []],
+        [["ab", None], []],
+        [["ab"], None],
+        [["ab"], [None]],
+        [["ab"], [""]],
+    ]
+    base = {"prompt_id": ["00", "00"], "id": ["a", "b"]}
+    tables = [pa.table({**base, "texts": pa.array(column, pa.list_(pa.string()))}) for column in columns]
+    assert len({leaf_digests(table)["00"] for table in tables}) == len(tables)
+
+
+# ---------------------------------------------------------------------------------------------------- whole or not at all
+
+
+@dataclass(frozen=True)
+class NoSettings:
+    """A recipe without settings."""
+
+
+def recipe(output: Path, overwrite: bool = False) -> Recipe:
+    return Recipe(made_by="a test", output=str(output), settings=NoSettings(), inputs=[], engine="local", overwrite=overwrite)
+
+
+def some_rollout(name: str) -> Rollout:
+    return Rollout(id=name, prompt=(Message("user", f"Question {name}?"),), steps=("Yes.",))
+
+
+def whole(task: dict[str, Any]) -> Iterator[list[Rollout] | Rejected]:
+    yield [some_rollout("a"), some_rollout("b")]
+    yield Rejected(source="s", row="2", reason="empty: nothing")
+
+
+def breaks_off(task: dict[str, Any]) -> Iterator[list[Rollout] | Rejected]:
+    yield from whole(task)
+    raise {"the power": RuntimeError, "the user": KeyboardInterrupt}[task["by"]]
+
+
+def state(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Every file below a folder, with when it was written and what it holds."""
+    return {str(p.relative_to(folder)): (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("by", ["the power", "the user"])
+def test_a_run_that_breaks_off_leaves_nothing(by: str, tmp_path: Path) -> None:
+    with pytest.raises((RuntimeError, KeyboardInterrupt)):
+        dataflow.ingest(recipe(tmp_path / "out"), [{"by": by}], breaks_off, unit="files", size=0, parts=2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_breaks_off_leaves_what_was_there(tmp_path: Path) -> None:
+    made = dataflow.ingest(recipe(tmp_path / "out"), [{}], whole, unit="files", size=0, parts=2)
+    assert (made.manifest.rows_in, made.manifest.used, made.manifest.out) == (2, 1, 2)
+    before = state(tmp_path)
+    with pytest.raises(RuntimeError):
+        again = recipe(tmp_path / "out", overwrite=True)
+        dataflow.ingest(again, [{"by": "the power"}], breaks_off, unit="files", size=0)
+    assert state(tmp_path) == before
+
+
+def test_a_transform_that_breaks_off_leaves_nothing(tmp_path: Path) -> None:
+    source = dataflow.ingest(recipe(tmp_path / "in"), [{}], whole, unit="files", size=0, parts=4)
+    calls = []
+
+    def fails_later(table: pa.Table) -> dataflow.Made:
+        calls.append(table.num_rows)
+        if len(calls) == 3:
+            raise RuntimeError
+        return dataflow.Made({"": table}, source.rejects(), table.num_rows)
+
+    with pytest.raises(RuntimeError):
+        dataflow.transform(recipe(tmp_path / "out"), source, lambda: fails_later, kind="rollouts")
+    assert [p.name for p in tmp_path.iterdir()] == ["in"]
+
+
+def test_what_a_killed_run_left_is_no_part_of_the_next(tmp_path: Path) -> None:
+    clean = dataflow.ingest(recipe(tmp_path / "clean"), [{}], whole, unit="files", size=0, parts=1)
+    left = tmp_path / ".out.partial" / "laid-out" / "000"
+    left.mkdir(parents=True)
+    pq.write_table(clean.table(), left / "000009-000000.parquet")
+    made = dataflow.ingest(recipe(tmp_path / "out"), [{}], whole, unit="files", size=0, parts=1)
+    assert made.manifest.digest == clean.manifest.digest
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["clean", "out"]
+
+
+def test_replacing_a_file_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("a file")
+    dataflow.ingest(recipe(tmp_path / "out", overwrite=True), [{}], whole, unit="files", size=0)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+# -------------------------------------------------------------------------------------------------------- nothing made twice
+
+
+def test_a_second_identical_run_does_nothing(tmp_path: Path) -> None:
+    source = write(tmp_path / "rows.jsonl", rows_of(20))
+
+    def everything() -> None:
+        imported(source, tmp_path / "rollouts")
+        pipeline("label_pairs", source=str(tmp_path / "rollouts"), output=str(tmp_path / "pairs"))
+        pipeline("split_examples", source=str(tmp_path / "pairs"), output=str(tmp_path / "split"))
+
+    everything()
+    before = state(tmp_path)
+    everything()
+    assert state(tmp_path) == before
+
+
+def test_another_run_into_the_same_folder_is_refused_unless_it_may_overwrite(tmp_path: Path) -> None:
+    source = write(tmp_path / "rows.jsonl", rows_of(20))
+    rollouts = imported(source, tmp_path / "rollouts")
+    where = {"source": str(rollouts.path), "output": str(tmp_path / "pairs")}
+    pipeline("label_pairs", **where)
+    before = state(tmp_path)
+    other = PairSettings(min_gap=0.75)
+    with pytest.raises(DataError, match="pairs already holds something else(.|\n)*--overwrite"):
+        pipeline("label_pairs", **where, label=other)
+    with pytest.raises(DataError, match="already holds something else"):
+        pipeline("label_rankings", **where)
+    assert state(tmp_path) == before
+    assert pipeline("label_pairs", **where, label=other, overwrite=True).manifest.settings["label"]["min_gap"] == 0.75
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["pairs", "rollouts", "rows.jsonl"]
+
+
+def test_other_rows_in_the_source_are_another_run(tmp_path: Path) -> None:
+    imported(write(tmp_path / "rows.jsonl", rows_of(20)), tmp_path / "out")
+    write(tmp_path / "rows.jsonl", rows_of(21))
+    with pytest.raises(DataError, match="already holds something else"):
+        imported(tmp_path / "rows.jsonl", tmp_path / "out")
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", "[]", "null", '"text"', '{"in": 1}'])
+def test_a_folder_of_somebody_elses_is_never_written_to(content: str, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "manifest.json").write_text(content)
+    before = state(tmp_path)
+    with pytest.raises(DataError):
+        dataflow.ingest(recipe(tmp_path / "out"), [{}], whole, unit="files", size=0)
+    with pytest.raises(DataError, match=r"manifest\.json cannot be read"):
+        open_dataset(tmp_path / "out")
+    assert state(tmp_path) == before
+
+
+# -------------------------------------------------------------------------------------------------------------- counts add up
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_of_rows_with_one_id_one_is_kept_whatever_their_order(parts: int, tmp_path: Path) -> None:
+    rows = rows_of(10)
+    doubles = [{**rows[3], "steps": ["Other."]}, {**rows[3], "reward": 0.75}, rows[8], {**rows[5], "prompt": "Another question?"}]
+    made = []
+    for n in range(3):
+        mixed = random.Random(n).sample(rows + doubles, len(rows) + len(doubles))
+        made.append(imported(write(tmp_path / f"{n}.jsonl", mixed), tmp_path / f"out{n}", parts=parts))
+        assert (made[n].manifest.rows_in, made[n].manifest.used, made[n].manifest.out) == (44, 41, 41)
+        assert made[n].manifest.rejected == {"duplicate id": 3}
+        assert Counter(r["row"] for r in made[n].rejects().to_pylist()) == {rows[3]["id"]: 2, rows[8]["id"]: 1}
+    assert without_provenance(made[0]) == without_provenance(made[1]) == without_provenance(made[2])
+
+
+def test_no_file_and_no_row_are_counted_too(tmp_path: Path) -> None:
+    write(tmp_path / "in" / "empty.jsonl", [])
+    write(tmp_path / "in" / "bad.jsonl", [{"prompt": "no answer"}])
+    made = imported(tmp_path / "in", tmp_path / "out")
+    assert (made.manifest.rows_in, made.manifest.used, made.manifest.out) == (1, 0, 0)
+    labelled = pipeline("label_pairs", source=str(tmp_path / "out"), output=str(tmp_path / "pairs"))
+    assert labelled.manifest.out == labelled.table().num_rows == 0
+    assert [d.manifest.out for d in pipeline("split_examples", source=str(labelled.path), output=str(tmp_path / "split"))] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("parts", [-1, 3, 512])
+def test_a_number_of_parts_that_cannot_be_is_refused(parts: int, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="parts"):
+        imported(write(tmp_path / "rows.jsonl", rows_of(3)), tmp_path / "out", parts=parts)
+
+
+def test_bad_problems_are_rejected_and_good_ones_sampled(tmp_path: Path) -> None:
+    good = b'{"question": "largest of 12 13 11 ?", "gold": 13}'
+    bad = [b"", b"{", b"[]", b"[" * 5_000, b"\xff", b'{"question": "a"}', b'{"question": "a", "gold": " "}', b'{"question": "", "gold": 1}']
+    (tmp_path / "problems.jsonl").write_bytes(b"\n".join([good, *bad, good]))
+    made = pipeline("sample_rollouts", problems=str(tmp_path / "problems.jsonl"), output=str(tmp_path / "out"))
+    assert (made.manifest.rows_in, made.manifest.used, made.manifest.out) == (10, 2, 16)
+    assert sorted(int(r["row"]) for r in made.rejects().to_pylist()) == list(range(2, 10))
+
+
+# ------------------------------------------------------------------------------------------------------------------- split
+
+
+def prompts_of(dataset: Dataset) -> set[str]:
+    return set(dataset.table()["prompt_id"].to_pylist())
+
+
+def test_a_split_sends_every_prompt_to_one_side(tmp_path: Path) -> None:
+    rollouts = imported(write(tmp_path / "rows.jsonl", rows_of(200)), tmp_path / "rollouts", parts=2)
+    sides = pipeline("split_examples", source=str(rollouts.path), output=str(tmp_path / "split"))
+    assert [d.path.name for d in sides] == list(SIDES)
+    assert sum(d.manifest.out for d in sides) == rollouts.manifest.out == 800
+    assert sum(len(prompts_of(d)) for d in sides) == len(prompts_of(rollouts)) == 200
+    assert all(d.manifest.rows_in == d.manifest.out == d.table().num_rows > 0 for d in sides)
+    assert sort_rows(pa.concat_tables([d.table() for d in sides])).equals(rollouts.table())
+
+
+def test_more_data_moves_no_prompt_to_another_side(tmp_path: Path) -> None:
+    rows = rows_of(100)
+    for name, some in (("few", rows[:150]), ("all", rows[::-1])):
+        rollouts = imported(write(tmp_path / f"{name}.jsonl", some), tmp_path / name, parts=len(name) - 2)
+        pipeline("split_examples", source=str(rollouts.path), output=str(tmp_path / f"{name}-split"))
+    few, every = ({s: prompts_of(open_dataset(tmp_path / f"{name}-split" / s)) for s in SIDES} for name in ("few", "all"))
+    assert all(few[s] <= every[s] for s in SIDES)
+    assert sum(map(len, few.values())) == 38
+
+
+def test_the_shares_of_a_split_are_about_right_and_salt_is_another_split() -> None:
+    ids = [prompt_id((Message("user", str(n)),)) for n in range(10_000)]
+    shares = Shares(validation=0.1, test=0.2)
+    sides = Counter(side(i, shares) for i in ids)
+    assert abs(sides["test"] - 2_000) < 4 * 40  # four standard deviations
+    assert abs(sides["validation"] - 1_000) < 4 * 30
+    again = sum(side(i, shares) == side(i, Shares(validation=0.1, test=0.2, salt="2")) for i in ids) / len(ids)
+    assert abs(again - (0.7**2 + 0.2**2 + 0.1**2)) < 0.02  # as two independent draws agree
+    assert {side(i, Shares(validation=0, test=0)) for i in ids} == {"train"}
+
+
+@pytest.mark.parametrize("shares", [{"test": -0.1}, {"test": 1.0}, {"test": 0.6, "validation": 0.4}, {"test": float("nan")}])
+def test_shares_that_leave_nothing_to_train_on_are_refused(shares: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="must be at least 0"):
+        Shares(**shares)
+
+
+@given(st.lists(st.text("0123456789abcdef", min_size=32, max_size=32), min_size=1), st.sampled_from([1, 2, 8, 256]))
+def test_parts_are_ranges_of_prompt_hashes(ids: list[str], parts: int) -> None:
+    which = part_of(pa.array(sorted(ids)), parts).tolist()
+    assert which == sorted(which)
+    assert 0 <= which[0] <= which[-1] < parts
+
+
+# --------------------------------------------------------------------------------------------------------------- manifests
+
+
+def test_manifests_name_what_a_dataset_was_made_from(tmp_path: Path) -> None:
+    source = write(tmp_path / "rows.jsonl", rows_of(30))
+    rollouts = imported(source, tmp_path / "rollouts")
+    content = source.read_bytes()
+    assert rollouts.manifest.inputs == [
+        {"source": str(source), "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()},
+    ]
+    examples = pipeline("label_pairs", source=str(rollouts.path), output=str(tmp_path / "pairs"), label=PairSettings(min_gap=0.5))
+    [made_from] = examples.manifest.inputs
+    assert (made_from["path"], made_from["digest"]) == (str(rollouts.path), rollouts.manifest.digest)
+    assert made_from["inputs"] == rollouts.manifest.inputs
+    assert examples.manifest.settings == {"source": str(rollouts.path), "label": {"choose": "all", "min_gap": 0.5}}
+    train = pipeline("split_examples", source=str(examples.path), output=str(tmp_path / "split"))[0]
+    assert train.manifest.inputs[0]["inputs"] == examples.manifest.inputs
+    assert train.manifest.settings["shares"] == {"validation": 0.05, "test": 0.2, "salt": ""}
+    words = json.loads((train.path / "manifest.json").read_text())
+    assert words["in"] == words["used"] + sum(words["rejected"].values())
+
+
+def test_what_is_no_dataset_says_so_and_what_to_do(tmp_path: Path) -> None:
+    rollouts = imported(write(tmp_path / "rows.jsonl", rows_of(30)), tmp_path / "rollouts")
+    examples = pipeline("label_pairs", source=str(rollouts.path), output=str(tmp_path / "pairs"))
+    pipeline("split_examples", source=str(examples.path), output=str(tmp_path / "split"))
+    (tmp_path / "bare").mkdir()
+    cases = [
+        ("missing", None, "missing does not exist", "rayward ls"),
+        ("bare", None, "no manifest.json", "import_rollouts"),
+        ("rows.jsonl", None, "no manifest.json", "import_rollouts"),
+        ("split", None, "several datasets: test, train, validation", str(tmp_path / "split" / "test")),
+        ("rollouts", "examples", "holds rollouts (made by import_rollouts), not examples", "label_pairs"),
+        ("pairs", "rollouts", "holds examples (made by label_pairs), not rollouts", "import_rollouts"),
+    ]
+    for name, kind, what, way_out in cases:
+        with pytest.raises(DataError) as error:
+            open_dataset(tmp_path / name, kind)
+        assert what in error.value.what
+        assert way_out in error.value.way_out
+
+
+def test_a_dataset_that_lost_a_part_is_refused(tmp_path: Path) -> None:
+    rollouts = imported(write(tmp_path / "rows.jsonl", rows_of(30)), tmp_path / "rollouts", parts=4)
+    rollouts.parts[1].unlink()
+    with pytest.raises(DataError, match="part"):
+        pipeline("label_pairs", source=str(rollouts.path), output=str(tmp_path / "pairs"))

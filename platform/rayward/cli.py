@@ -135,7 +135,8 @@ def list_models(as_json: Annotated[bool, typer.Option("--json", help="one JSON a
         return
     if not rows:
         print(
-            f"no models yet in {registry.tracking_uri()}\nregister one: rayward run train_reward_model ... --register NAME, or: rayward quickstart"
+            f"no models yet in {registry.tracking_uri()}\n"
+            "register one: rayward run train_reward_model ... --register NAME, or: rayward quickstart"
         )
         return
     from rich.console import Console
@@ -175,7 +176,8 @@ def show_model(
         print(json.dumps(row, indent=2))
         return
     print(
-        f"{row['name']} version {row['version']}  {' '.join('@' + a for a in row['aliases'])}  created {row['created']}  run {row['run_id']}"
+        f"{row['name']} version {row['version']}  {' '.join('@' + a for a in row['aliases'])}"
+        f"  created {row['created']}  run {row['run_id']}"
     )
     for title, values in (("what it came from and how it did", row["tags"]), ("last metrics of its run", row["metrics"])):
         print(f"\n{title}")

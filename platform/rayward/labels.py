@@ -139,7 +139,7 @@ def pairs_table(table: pa.Table, settings: PairSettings) -> Labelled:
     better, worse = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for size in np.unique(groups.sizes):
         places = np.array(settings.places(int(size))).reshape(-1, 2)
-        rows = groups.rows_of_size(size)  # (groups, size)
+        rows = groups.rows_of_size(int(size))  # (groups, size)
         better.append(rows[:, places[:, 0]].ravel())
         worse.append(rows[:, places[:, 1]].ravel())
     a, b = np.concatenate(better), np.concatenate(worse)
@@ -277,20 +277,17 @@ class _Groups:
         """What is left over, with its reason; `why` speaks for comparable rows of groups of two or more."""
         left = np.flatnonzero(~used)
         ids, continues = self.table["id"].take(left).to_pylist(), self.table["continues"].take(left).to_pylist()
-        return rejects_table(
-            Rejected(
-                source="rollouts",
-                row=row_id,
-                reason=CONTINUATION.format(parent)
-                if parent is not None
-                else NO_REWARD
-                if (group := self.group_of_row[row]) < 0
-                else ALONE
-                if self.sizes[group] == 1
-                else why(row),
-            )
-            for row, row_id, parent in zip(left, ids, continues, strict=True)
-        )
+        rejects = []
+        for row, row_id, parent in zip(left.tolist(), ids, continues, strict=True):
+            group = int(self.group_of_row[row])
+            if parent is not None:
+                reason = CONTINUATION.format(parent)
+            elif group < 0:
+                reason = NO_REWARD
+            else:
+                reason = ALONE if self.sizes[group] == 1 else why(row)
+            rejects.append(Rejected(source="rollouts", row=row_id, reason=reason))
+        return rejects_table(rejects)
 
 
 def _one_chunk(column: pa.ChunkedArray) -> pa.Array:

@@ -311,7 +311,10 @@ def write_notes(folder: Path, notes: dict[str, Any]) -> None:
 
 # ---------------------------------------------------------------------------------------------------------- from scratch
 
-CHAT_TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] }} <|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|> {% endif %}"
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] }} <|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|> {% endif %}"
+)
 
 
 def tiny_model(examples: Iterable[Example], settings: ModelSettings, max_length: int, seed: int) -> Loaded:

@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +165,7 @@ def leaf_digests(table: pa.Table) -> dict[str, str]:
     leaves = pc.utf8_slice_codeunits(table["prompt_id"], 0, 2).to_pylist()
     starts = [i for i in range(len(leaves)) if i == 0 or leaves[i] != leaves[i - 1]] + [len(leaves)]
     digests: dict[str, str] = {}
-    for start, end in zip(starts, starts[1:], strict=False):
+    for start, end in pairwise(starts):
         digest = hashlib.blake2b(digest_size=16)
         for name in table.column_names:
             digest.update(name.encode() + b"\0")
