@@ -64,7 +64,7 @@ def main() -> None:
         Recipe("import_rollouts", str(out / "rollouts"), {}, [formats.describe_file(str(raw))]), [(raw.name, str(raw))], "hh"
     )
     chosen = labels.PairSettings()
-    recipe = Recipe("label_pairs", str(out / "pairs"), {"label": chosen.__dict__}, [rollouts.lineage()])
+    recipe = Recipe("label_pairs", str(out / "pairs"), {"label": chosen}, [rollouts.lineage()])
     pairs = dataflow.label(recipe, rollouts, labels.LABELERS["pairs"], chosen)
     sides = documented_split(arguments.shared / "data/pairs/hh_harmless.parquet")
     split = Recipe("split_examples", str(out / "split"), {"by": "pairs/hh_harmless.parquet"}, [pairs.lineage()])

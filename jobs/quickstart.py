@@ -7,10 +7,13 @@ eight, and Monte-Carlo step values; the same loop trains a small decoder on each
 on a laptop, downloads nothing; run it again and what is done is not done twice.
 """
 
+import os
 import shutil
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rayward import cluster, dataflow, evaluation, fitting, labels, registry, sampling, suites
 from rayward.batching import BatchSettings
@@ -35,7 +38,7 @@ class Settings:
     output: str = "store/quickstart"  # folder for everything it makes; the registry is the store's (RAYWARD_STORE)
     problems: int = 1000  # problems that are sampled for each kind of label
     engine: Engine = "ray"  # where labels are built; local starts no cluster
-    fresh: bool = False  # forget an earlier quickstart in OUTPUT
+    overwrite: bool = False  # forget an earlier quickstart in OUTPUT
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Story:
 def main(settings: Settings) -> None:
     """Three kinds of labels, three models, one table."""
     output = Path(settings.output)
-    if settings.fresh:
+    if settings.overwrite:
         shutil.rmtree(output, ignore_errors=True)
     made = label(settings, output)
     stories = [train_and_judge(kind, examples, output) for kind, examples in made.items()]
@@ -62,19 +65,21 @@ def main(settings: Settings) -> None:
 def label(settings: Settings, output: Path) -> dict[str, Dataset]:
     """Sample answers (and continuations of step prefixes), and make all three kinds of examples of them."""
 
-    def recipe(made_by: str, name: str, what: object, *inputs: Dataset) -> Recipe:
-        return Recipe(made_by, str(output / name), what, [i.lineage() for i in inputs], settings.engine, overwrite=True)
+    def recipe(made_by: str, name: str, what: dict[str, Any], *inputs: Dataset) -> Recipe:
+        return Recipe(made_by, str(output / name), what, [i.lineage() for i in inputs], settings.engine)
+
+    def sampled(name: str, problems: str, sample: SampleSettings) -> Dataset:
+        return sampling.sample(recipe("sample_rollouts", name, {"problems": problems, "sample": sample}), problems, sample)
 
     say("1. A policy answers problems; the answers are graded and labeled on Ray Data")
-    whole, stepwise = SampleSettings(answers=8), SampleSettings(answers=1, continued=1, continuations=8, seed=1)
-    with cluster.connect():
-        answers = sampling.sample(recipe("sample_rollouts", "answers", whole), f"toy:{settings.problems}", whole)
-        continued = sampling.sample(recipe("sample_rollouts", "stepwise", stepwise), f"toy:{settings.problems}:1", stepwise)
-        made = {}
+    made = {}
+    with nullcontext() if settings.engine == "local" or (output / "steps").is_dir() else cluster.connect():
+        answers = sampled("answers", f"toy:{settings.problems}", SampleSettings(answers=8))
+        continued = sampled("stepwise", f"toy:{settings.problems}:1", SampleSettings(answers=1, continued=1, continuations=8))
         for kind, source in (("pairs", answers), ("rankings", answers), ("steps", continued)):
             labeler = labels.LABELERS[kind]
             chosen = labels.PairSettings("adjacent") if kind == "pairs" else labeler.settings()
-            made[kind] = dataflow.label(recipe(f"label_{kind}", kind, chosen, source), source, labeler, chosen)
+            made[kind] = dataflow.label(recipe(f"label_{kind}", kind, {"label": chosen}, source), source, labeler, chosen)
     return made
 
 
@@ -101,8 +106,7 @@ def train_and_judge(kind: str, examples: Dataset, output: Path) -> Story:
         page = evaluation.write_report(str(output / f"{kind}-report"), report, rows) / "report.html"
         run.summary(report.headline)
         run.artifact(page)
-        tags = {n: v for n, v in fitted.notes.items() if n != "render"} | {f"best_{n}": v for n, v in fitted.metrics.items()}
-        version = registry.register(run, fitted.model, f"toy-{kind}", {**tags, **{n: f"{v:.4f}" for n, v in report.headline.items()}})
+        version = registry.register(run, fitted.model, f"toy-{kind}", {**fitted.tags, **report.headline})
     registry.promote(f"toy-{kind}", version)
     return Story(kind, examples, fitted, report, version)
 
@@ -147,9 +151,10 @@ def show(stories: list[Story], output: Path) -> None:
     console.print(table)
     print("\n" + "\n".join(also))
     print(f"\nreports: {output}/*-report/report.html\n\ntry next:")
-    print("  rayward ui                                   # the registry and the runs, in a browser")
-    print("  rayward models show toy-steps@champion       # what a model is and what it came from")
-    print("  rayward run evaluate_model --model models:/toy-pairs@champion --suite toy_best_of_8 --output store/report")
+    here = "rayward" if shutil.which("rayward") else os.path.relpath(Path(sys.executable).parent / "rayward")
+    print(f"  {here} ui                                   # opens the registry and the runs in a browser")
+    print(f"  {here} models show toy-steps@champion       # what a model is and what it came from")
+    print(f"  {here} run evaluate_model --model models:/toy-pairs@champion --suite toy_best_of_8 --output store/report")
 
 
 if __name__ == "__main__":

@@ -55,9 +55,7 @@ def main(settings: Settings) -> Fitted:
         run.summary({**{f"best_{n}": v for n, v in fitted.metrics.items()}, "temperature": fitted.notes["temperature"]})
         print(f"model: {fitted.model}    trained on {fitted.examples['train']:,} examples, validated on {fitted.examples['validation']:,}")
         if settings.register:
-            lineage = {f"label.{n}": v for n, v in (dataset.manifest.settings.get("label") or {}).items()}
-            tags = {n: v for n, v in fitted.notes.items() if n != "render"} | {f"best_{n}": v for n, v in fitted.metrics.items()}
-            version = registry.register(run, fitted.model, settings.register, {**tags, **lineage, "examples": settings.examples})
+            version = registry.register(run, fitted.model, settings.register, fitted.tags)
             print(f"registered: models:/{settings.register}/{version}")
     return fitted
 

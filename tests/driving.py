@@ -99,7 +99,7 @@ def toy(base: Path) -> Toy:
         done(here("label_pairs", "--source", made.answers, "--output", made.pairs, "--set", "label.choose=adjacent"))
         done(here("label_steps", "--source", stepwise, "--output", made.steps))
         for examples, model, name in ((made.pairs, made.pairs_model, "toy-pairs"), (made.steps, made.steps_model, "toy-steps")):
-            small = "net.width=32 net.layers=1 render.max_length=160 train.lr=2e-3 batch.size=16 train.log_every=1".split()
+            small = ["net.width=32", "net.layers=1", "render.max_length=160", "train.lr=2e-3", "batch.size=16", "train.log_every=1"]
             sets = [word for setting in small for word in ("--set", setting)]
             job = ("--examples", examples, "--output", model.parent, "--register", name, "--validation-share", "0.1")
             done(here("train_reward_model", *job, *sets))

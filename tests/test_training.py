@@ -1,9 +1,10 @@
-"""Training: one loss curve whatever the micro-batches, rows, workers and crashes; it learns; what cannot be is refused with words."""
+"""Training: one loss curve whatever the micro-batches, rows, workers and crashes; it learns; what cannot be is refused."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -41,6 +42,14 @@ STEPS = 8  # 30 examples in steps of 8, twice
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """A fit takes every core unless it is told; sums over more threads have other last bits."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
 class Crash(Exception):
     """What stands for a lost machine."""
 
@@ -58,23 +67,26 @@ def weighted(examples: list[Example]) -> list[Example]:
     return [replace(e, weight=0.5 + n % 4) for n, e in enumerate(examples)]
 
 
-def data(folder: Path) -> tuple[Path, Path]:
-    """30 rankings of unlike weights, and 300 held-out ones: more than one worker's share."""
-    sides = {"train": weighted(toy_examples("rankings", 40)[:30]), "held": weighted(toy_examples("pairs", 400, seed=5)[:300])}
-    tokenizer = word_tokenizer(sides["train"], 8192)
-    for name, examples in sides.items():
-        groups_on_disk(tokenizer, examples, folder / name)
+def rankings() -> list[Example]:
+    return weighted(toy_examples("rankings", 60, answers=4)[:30])
+
+
+def on_disk(folder: Path, held: int) -> tuple[Path, Path]:
+    """30 rankings of unlike weights, and so many held-out pairs."""
+    tokenizer = word_tokenizer(rankings(), 8192)
+    groups_on_disk(tokenizer, rankings(), folder / "train")
+    groups_on_disk(tokenizer, weighted(toy_examples("pairs", 400, seed=5)[:held]), folder / "held")
     return folder / "train", folder / "held"
 
 
 @pytest.fixture(scope="module")
 def sides(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    return data(tmp_path_factory.mktemp("groups"))
+    return on_disk(tmp_path_factory.mktemp("groups"), held=40)
 
 
 def a_run(sides: tuple[Path, Path], folder: Path, **changes: Any) -> Run:
     """A run from the same start every time."""
-    start = tiny_model(toy_examples("rankings", 40)[:30], ModelSettings(width=32), 128, seed=0).model
+    start = tiny_model(rankings(), ModelSettings(width=32), 128, seed=0).model
     usual = Run(
         model=start,
         groups=Groups(sides[0]),
@@ -116,9 +128,7 @@ def test_the_curve_is_that_of_a_loop_in_plain_torch(sides: tuple[Path, Path], un
     run = a_run(sides, tmp_path)
     model = run.model.train()
     matrices, others = [p for p in model.parameters() if p.ndim >= 2], [p for p in model.parameters() if p.ndim < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}], betas=(0.9, 0.98)
-    )
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}], betas=(0.9, 0.98))
     curve = []
     for step in range(STEPS):
         epoch, at = divmod(step, STEPS // 2)
@@ -166,22 +176,28 @@ def test_the_curve_does_not_depend_on_sharing_prompts(sides: tuple[Path, Path], 
     assert losses(tmp_path) == pytest.approx(losses(undisturbed.folder), abs=1e-5)
 
 
+ONCE = replace(TRAIN, epochs=1)
+
+
 def _worker(rank: int, folder: Path, sides: tuple[Path, Path]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     for micro_tokens in (300, 100_000):  # the second leaves one worker without work
-        run = a_run(sides, folder / f"{micro_tokens}", batch=BatchSettings(size=8, micro_tokens=micro_tokens), team=Team.here())
+        batch = BatchSettings(size=8, micro_tokens=micro_tokens)
+        run = a_run(sides, folder / f"{micro_tokens}", train=ONCE, batch=batch, team=Team.here())
         train(run)
         save_file(checkpoints.unique_tensors(run.model), folder / f"{micro_tokens}-{rank}.safetensors")
     dist.destroy_process_group()
 
 
-def test_the_curve_does_not_depend_on_the_number_of_workers(sides: tuple[Path, Path], undisturbed: Run, tmp_path: Path) -> None:
+def test_the_curve_does_not_depend_on_the_number_of_workers(tmp_path: Path) -> None:
+    sides = on_disk(tmp_path / "groups", held=260)  # validation goes to the workers by chunks of 256
+    train(a_run(sides, tmp_path / "alone", train=ONCE))
     mp.spawn(_worker, (tmp_path, sides), nprocs=2)
     for micro_tokens in (300, 100_000):
         both = [load_file(tmp_path / f"{micro_tokens}-{rank}.safetensors") for rank in (0, 1)]
         assert all(torch.equal(both[0][name], both[1][name]) for name in both[0])
-        for here, there in zip(lines(tmp_path / f"{micro_tokens}"), lines(undisturbed.folder), strict=True):
+        for here, there in zip(lines(tmp_path / f"{micro_tokens}"), lines(tmp_path / "alone"), strict=True):
             assert here == pytest.approx(there, abs=1e-5)
 
 
@@ -206,10 +222,7 @@ def test_a_run_that_was_lost_anywhere_ends_as_if_it_had_not_been(
     assert same_weights(again.model, undisturbed.model)
     assert lines(tmp_path) == lines(undisturbed.folder)
     assert [line["step"] for line in lines(tmp_path) if "loss" in line] == list(range(1, STEPS + 1))
-    best = [
-        checkpoints.load(folder / "best", a_run(sides, folder).model.classifier, None)
-        for folder in (tmp_path, undisturbed.folder)
-    ]
+    best = [checkpoints.load(folder / "best", a_run(sides, folder).model.classifier, None) for folder in (tmp_path, undisturbed.folder)]
     assert best[0] == best[1]
 
 
@@ -310,7 +323,7 @@ def test_best_by_last_keeps_no_best(sides: tuple[Path, Path], tmp_path: Path) ->
     assert not (tmp_path / "best").exists()
 
 
-LEARNS = [("pairs", 300, 3, 0.85), ("rankings", 200, 3, 0.85), ("steps", 250, 8, 0.75)]
+LEARNS = [("pairs", 300, 3, 0.85), ("rankings", 200, 3, 0.85), ("steps", 300, 10, 0.8)]
 
 
 @pytest.mark.parametrize(("kind", "problems", "epochs", "least"), LEARNS)
@@ -330,9 +343,11 @@ def test_every_kind_of_label_is_learned(kind: str, problems: int, epochs: int, l
     best = train(run)["best"]
     assert best["accuracy"] > least
     assert best["loss"] < before["loss"]
-    if kind == "steps":  # always saying the commoner of right and wrong is no accuracy to speak of
-        decided = [t > 0.5 for e in unseen for t in e.targets if t != 0.5]
-        assert best["accuracy"] > max(np.mean(decided), 1 - np.mean(decided)) + 0.1
+    if kind == "steps":  # always saying what is commoner, or how common it is, must be worse
+        right, targets = np.mean([t > 0.5 for e in unseen for t in e.targets if t != 0.5]), [t for e in unseen for t in e.targets]
+        common = np.mean(targets)
+        assert best["accuracy"] > max(right, 1 - right) + 0.05
+        assert best["loss"] < -common * np.log(common) - (1 - common) * np.log(1 - common)
 
 
 # ------------------------------------------------------------------------------------------------------------ the whole fit
@@ -387,8 +402,7 @@ def test_a_fit_by_last_leaves_the_last_weights(pairs: Dataset, tmp_path: Path) -
     assert all(torch.equal(last[name], kept[name]) for name in kept)
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "state.json"])
-@pytest.mark.parametrize("how", ["half", "gone"])
+@pytest.mark.parametrize(("file", "how"), [("model.safetensors", "half"), ("optimizer.safetensors", "gone"), ("state.json", "half")])
 def test_a_damaged_checkpoint_is_named_and_without_it_the_run_goes_on(
     file: str, how: str, pairs: Dataset, fitted: Fitted, tmp_path: Path
 ) -> None:
@@ -400,12 +414,9 @@ def test_a_damaged_checkpoint_is_named_and_without_it_the_run_goes_on(
     (damaged / file).unlink()
     if how == "half":
         (damaged / file).write_bytes(content[: len(content) // 2])
-    if (file, how) != ("state.json", "gone"):  # that one does not count as a checkpoint
-        with pytest.raises(DataError, match=r"step-00000006 cannot be read(.|\n)*delete that folder"):
-            fit(settings, str(tmp_path))
-        for rest in damaged.iterdir():
-            rest.unlink()
-        damaged.rmdir()
+    with pytest.raises(DataError, match=r"step-00000006 cannot be read(.|\n)*delete that folder"):
+        fit(settings, str(tmp_path))
+    shutil.rmtree(damaged)
     assert model_bytes(fit(settings, str(tmp_path)).model) == model_bytes(fitted.model)
 
 
@@ -422,18 +433,14 @@ def test_a_folder_of_something_else_is_refused(pairs: Dataset, tmp_path: Path) -
 
 
 def test_probabilities_are_not_learned_from_rewards_of_five(tmp_path: Path) -> None:
-    graded = [
-        example("a", "b", id=f"e{n}", targets=(5.0, 1.0), prompt=e.prompt) for n, e in enumerate(toy_examples("pairs", 30))
-    ]
+    graded = [example("a", "b", id=f"e{n}", targets=(5.0, 1.0), prompt=e.prompt) for n, e in enumerate(toy_examples("pairs", 30))]
     source = dataset_of(graded, tmp_path / "graded")
     with pytest.raises(SettingsError, match="needs targets between 0 and 1; these lie between 1 and 5"):
         fit(replace(FIT, examples=str(source.path), objective="binary_cross_entropy"), str(tmp_path / "out"))
 
 
 def test_comparing_is_not_learned_where_nothing_is_to_compare(tmp_path: Path) -> None:
-    single = [
-        replace(e, answers=(("".join(e.answers[0]),),), targets=e.targets[-1:], counts=(1,)) for e in toy_examples("steps", 30)
-    ]
+    single = [replace(e, answers=(("".join(e.answers[0]),),), targets=e.targets[-1:], counts=(1,)) for e in toy_examples("steps", 30)]
     source = dataset_of(single, tmp_path / "single", made_by="label_steps")
     with pytest.raises(SettingsError, match=r"no example has two with different targets(.|\n)*binary_cross_entropy"):
         fit(replace(FIT, examples=str(source.path), objective="bradley_terry"), str(tmp_path / "out"))
@@ -447,28 +454,30 @@ def test_examples_of_nobody_knows_which_labeler_need_an_objective(tmp_path: Path
 
 def test_a_model_that_was_trained_is_trained_on(fitted: Fitted, pairs: Dataset, tmp_path: Path) -> None:
     done = fit(replace(FIT, examples=str(pairs.path), model=str(fitted.model)), str(tmp_path))
-    first = [line for line in lines(tmp_path / "run") if "loss" in line][0]
-    scratch = [line for line in lines(fitted.model.parent / "run") if "loss" in line][0]
-    assert first["loss"] < scratch["loss"]
+    assert losses(tmp_path / "run")[0] < losses(fitted.model.parent / "run")[0]
     assert load_model(str(done.model), ModelSettings()).notes["base_model"] == str(fitted.model)
 
 
 # ----------------------------------------------------------------------------------------------------------------- Ctrl-C
 
 
+CHANGED = replace(FIT, batch=BatchSettings(size=4), train=TrainSettings(epochs=6, lr=2e-3, log_every=1, checkpoint_every=1000))
+
+
 def start_job(pairs: Dataset, store: Path, output: Path) -> subprocess.Popen[str]:
-    words = f"--examples {pairs.path} --output {output} --validation-share 0.2 --set net.width=32 --set render.max_length=128"
-    words += (
-        " --set batch.size=4 --set train.epochs=6 --set train.lr=2e-3 --set train.log_every=1 --set train.checkpoint_every=1000"
-    )
-    environment = {**os.environ, "RAYWARD_STORE": str(store), "OMP_NUM_THREADS": "1"}
+    """The job with settings CHANGED, as a process of its own."""
+    words = f"--examples {pairs.path} --output {output} --validation-share 0.2"
+    words += " --set net.width=32 --set render.max_length=128 --set batch.size=4"
+    words += " --set train.epochs=6 --set train.lr=2e-3 --set train.log_every=1 --set train.checkpoint_every=1000"
+    environment = {**os.environ, "RAYWARD_STORE": str(store)}
     command = [sys.executable, str(ROOT / "jobs" / "train_reward_model.py"), *words.split()]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_ctrl_c_keeps_the_step_and_the_same_command_ends_with_the_same_weights(
-    pairs: Dataset, store: Path, tmp_path: Path
-) -> None:
+def test_ctrl_c_keeps_the_step_and_the_same_command_ends_alike(pairs: Dataset, store: Path, tmp_path: Path) -> None:
+    whole = fit(replace(CHANGED, examples=str(pairs.path)), str(tmp_path / "whole"))
+    total = len(losses(tmp_path / "whole" / "run"))
+
     output = tmp_path / "job"
     job = start_job(pairs, store, output)
     metrics = output / "run" / "metrics.jsonl"
@@ -479,18 +488,14 @@ def test_ctrl_c_keeps_the_step_and_the_same_command_ends_with_the_same_weights(
     assert job.returncode == 130, said
     [kept] = checkpoints.steps(output / "run")
     step = int(kept.name.removeprefix("step-"))
-    assert f"stopped: step {step} of 60 is kept in" in said
+    assert f"stopped: step {step} of {total} is kept in {output / 'run'}; the same command goes on from there" in said
     assert "Traceback" not in said
-    assert 3 <= step < 60
+    assert 3 <= step < total
     assert not (output / "model").exists()
 
     again = start_job(pairs, store, output)
     out, said = again.communicate()
     assert again.returncode == 0, said
-    assert f"going on from step {step} of 60" in out
-
-    changed = replace(FIT, examples=str(pairs.path), batch=BatchSettings(size=4))
-    changed = replace(changed, train=TrainSettings(epochs=6, lr=2e-3, log_every=1, checkpoint_every=1000))
-    whole = fit(changed, str(tmp_path / "whole"))
+    assert f"going on from step {step} of {total}" in out
     assert model_bytes(output / "model") == model_bytes(whole.model)
     assert lines(output / "run") == lines(tmp_path / "whole" / "run")

@@ -153,9 +153,7 @@ def byte_tokenizer(chat_template: str | None = CHATML, **tokens: Any) -> PreTrai
     """A byte-level BPE trained here, cut as Qwen's, that puts BOS before a text by itself, as Llama's does."""
     tokenizer = Tokenizer(models.BPE())
     pieces = pre_tokenizers.Split(Regex(_PIECES), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pieces, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pieces, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|pad|>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -204,9 +202,9 @@ def toy_rollouts(problems: int, seed: int = 0, answers: int = 8, **more: int) ->
     return sample_problems(asked, ToyPolicy(world), SampleSettings(answers=answers, seed=seed, **more))
 
 
-def toy_examples(kind: str, problems: int, seed: int = 0) -> list[Example]:
+def toy_examples(kind: str, problems: int, seed: int = 0, answers: int = 8) -> list[Example]:
     """Examples of one kind of label."""
-    more = {"answers": 1, "continued": 1, "continuations": 8} if kind == "steps" else {}
+    more = {"answers": 1, "continued": 1, "continuations": 8} if kind == "steps" else {"answers": answers}
     chosen = labels.PairSettings("adjacent") if kind == "pairs" else LABELERS[kind].settings()
     made = [e for rollouts in toy_rollouts(problems, seed, **more) for e in LABELERS[kind].label(rollouts, chosen)]
     return [e for e in made if isinstance(e, Example)]
@@ -218,9 +216,7 @@ def toy_dataset(kind: str, folder: Path, problems: int, seed: int = 0) -> Datase
     labeler = LABELERS[kind]
     chosen = labels.PairSettings("adjacent") if kind == "pairs" else labeler.settings()
     with contextlib.redirect_stderr(io.StringIO()):
-        rollouts = sample(
-            Recipe("sample_rollouts", str(folder / "rollouts"), whole, [], "local"), f"toy:{problems}:{seed}", whole
-        )
+        rollouts = sample(Recipe("sample_rollouts", str(folder / "rollouts"), whole, [], "local"), f"toy:{problems}:{seed}", whole)
         recipe = Recipe(f"label_{kind}", str(folder / kind), chosen, [rollouts.lineage()], "local")
         return dataflow.label(recipe, rollouts, labeler, chosen)
 

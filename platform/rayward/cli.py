@@ -117,11 +117,12 @@ def quickstart(context: typer.Context) -> None:
 def ui(
     port: Annotated[int, typer.Option(help="port on this machine")] = 5000,
     host: Annotated[str, typer.Option(help="address to listen on; the server has no password")] = "127.0.0.1",
+    browse: Annotated[bool, typer.Option("--open/--no-open", help="open it in a browser")] = True,
 ) -> None:
     """The MLflow UI over the store: runs, metrics, reports, models."""
     from rayward import registry
 
-    registry.ui(host, port)
+    registry.ui(host, port, browse)
 
 
 @models_app.command("list")

@@ -170,6 +170,8 @@ def as_dict(settings: Any) -> dict[str, Any]:
     def plain(value: Any) -> Any:
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        if isinstance(value, Mapping):
+            return {name: plain(v) for name, v in value.items()}
         if isinstance(value, list | tuple):
             return [plain(v) for v in value]
         return value

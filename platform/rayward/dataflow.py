@@ -160,12 +160,23 @@ class Recipe:
         manifests = [output / "manifest.json", *sorted(output.glob("*/manifest.json"))]
         for path in filter(Path.is_file, manifests):
             manifest = Manifest.from_json(path.read_text(encoding="utf-8"))
-            same = json.dumps([self.content_settings(), list(self.inputs)], sort_keys=True)
-            if manifest.made_by == self.made_by and json.dumps([manifest.settings, manifest.inputs], sort_keys=True) == same:
+            if manifest.made_by == self.made_by and _same(manifest, self):
                 return True
         if output.is_dir() and not any(output.iterdir()):
             return False
         raise DataError(f"{output} already holds something else", "choose another --output, or replace it with --overwrite")
+
+
+def _same(manifest: Manifest, recipe: Recipe) -> bool:
+    """Whether a manifest is of this recipe; a path that is written another way is the same path's content."""
+
+    def content(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {k: content(v) for k, v in value.items() if k not in ("path", "source", "code_version")}
+        return [content(v) for v in value] if isinstance(value, list | tuple) else value
+
+    ours, theirs = (recipe.content_settings(), recipe.inputs), (manifest.settings, manifest.inputs)
+    return json.dumps(content(ours), sort_keys=True) == json.dumps(content(theirs), sort_keys=True)
 
 
 def _announce(dataset: Dataset) -> Dataset:

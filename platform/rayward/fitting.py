@@ -15,15 +15,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -66,45 +67,50 @@ class FitSettings:
 
 @dataclass(frozen=True)
 class Sides:
-    """What is trained on and what is validated on."""
+    """What is trained on and what is validated on: the sides of a split, or a share of the prompts held out by hash."""
 
-    dataset: Dataset
-    train: Sequence[pa.Table]
-    validation: Sequence[pa.Table]
+    dataset: Dataset  # what is trained on
+    validation: Dataset | None  # its own side, or None: a share of `dataset`
+    share: float
+
+    def tables(self, which: Literal["train", "validation"]) -> Iterator[pa.Table]:
+        """The examples of a side, a part at a time; an example is never on both."""
+        if self.validation is not None:
+            yield from (self.dataset if which == "train" else self.validation).tables()
+            return
+        shares = Shares(validation=self.share, test=0.0, salt="validation while training")
+        for table in self.dataset.tables():
+            mine = np.array([side(h, shares) == which for h in table["prompt_id"].to_pylist()], bool)
+            yield table.filter(pa.array(mine))
 
     @property
     def labeler(self) -> str:
         """The kind of label: pairs, rankings, outcomes or steps; empty if another pipeline made it."""
-        return labeler_of(self.dataset.manifest.made_by, self.dataset.manifest.inputs)
+        return (labeled_by(self.lineage()) or {"made_by": ""})["made_by"].removeprefix("label_")
+
+    def lineage(self) -> dict[str, Any]:
+        """The manifest of what is trained on."""
+        return self.dataset.lineage()
 
 
-def labeler_of(made_by: str, inputs: Sequence[Mapping[str, Any]]) -> str:
-    """Which labeler made the examples, through splits and other pipelines in between.
+def labeled_by(manifest: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The manifest of the labeling behind a dataset, through splits and other pipelines in between.
 
-    >>> labeler_of("split_examples", [{"made_by": "label_pairs", "inputs": []}])
-    'pairs'
+    >>> labeled_by({"made_by": "split_examples", "inputs": [{"made_by": "label_pairs", "inputs": []}]})["made_by"]
+    'label_pairs'
     """
-    name = made_by.removeprefix("label_")
-    if name in LABELERS:
-        return name
-    return next((found for i in inputs if (found := labeler_of(i.get("made_by") or "", i.get("inputs") or []))), "")
+    if (manifest.get("made_by") or "").removeprefix("label_") in LABELERS:
+        return manifest
+    return next((found for i in manifest.get("inputs") or () if (found := labeled_by(i))), None)
 
 
 def open_sides(examples: str, validation_share: float) -> Sides:
-    """The sides of a split, or a held-out share of the prompts: never examples that are trained on."""
+    """The sides of a folder of examples, or of a split."""
     folder = Path(examples)
-    if (folder / "train" / "manifest.json").is_file():
-        train_side = open_dataset(folder / "train", "examples")
-        held = list(open_dataset(folder / "validation", "examples").tables()) if (folder / "validation").is_dir() else []
-        return Sides(train_side, list(train_side.tables()), held)
-    dataset = open_dataset(folder, "examples")
-    shares = Shares(validation=validation_share, test=0.0, salt="validation while training")
-    train_tables, held = [], []
-    for table in dataset.tables():
-        is_held = np.array([side(h, shares) == "validation" for h in table["prompt_id"].to_pylist()], bool)
-        train_tables.append(table.filter(pa.array(~is_held)))
-        held.append(table.filter(pa.array(is_held)))
-    return Sides(dataset, train_tables, held)
+    if not (folder / "train" / "manifest.json").is_file():
+        return Sides(open_dataset(folder, "examples"), None, validation_share)
+    validation = open_dataset(folder / "validation", "examples") if (folder / "validation").is_dir() else None
+    return Sides(open_dataset(folder / "train", "examples"), validation, validation_share)
 
 
 @dataclass(frozen=True)
@@ -115,6 +121,7 @@ class Fitted:
     notes: dict[str, Any]  # what the model's config says of itself
     metrics: dict[str, float]  # of the kept weights, on validation
     examples: dict[str, int]  # groups trained on, validated on, rejected
+    tags: dict[str, Any]  # what a registered version says of where it came from
 
 
 def fit(settings: FitSettings, output: str, workers: int = 1, report: Report = lambda line: None) -> Fitted:
@@ -129,7 +136,8 @@ def fit(settings: FitSettings, output: str, workers: int = 1, report: Report = l
     _check_targets(settings.objective, objective, train_groups)
     if workers == 1:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        _set_threads(loaded.model, cluster.cores())
+        if "OMP_NUM_THREADS" not in os.environ:  # the user's word comes first
+            _set_threads(loaded.model, cluster.cores())
         _train_here(folder, settings, loaded.model.to(device), report)
     else:
         _train_on_workers(folder, settings, workers, report)
@@ -146,7 +154,15 @@ def fit(settings: FitSettings, output: str, workers: int = 1, report: Report = l
     save_model(loaded.model, loaded.tokenizer, folder / "model", notes)
     rejects = pq.read_table(folder / "groups" / "rejects.parquet").num_rows
     counts = {"train": len(train_groups), "validation": len(held) if held is not None else 0, "rejected": rejects}
-    return Fitted(folder / "model", notes, {n: v for n, v in state.items() if n != "step"}, counts)
+    kept = {n: v for n, v in state.items() if n != "step"}
+    return Fitted(folder / "model", notes, kept, counts, _tags(sides, notes, kept, counts))
+
+
+def _tags(sides: Sides, notes: Mapping[str, Any], kept: Mapping[str, float], counts: Mapping[str, int]) -> dict[str, Any]:
+    labeling = labeled_by(sides.lineage()) or {}
+    said = flatten({"label": labeling.get("settings") or {}, "examples": {"path": str(sides.dataset.path), **counts}})
+    sources = [i.get("digest") or i.get("sha256") for i in labeling.get("inputs") or ()]
+    return {**flatten(notes), **{f"best_{n}": v for n, v in kept.items()}, **said, "label.input_digests": " ".join(filter(None, sources))}
 
 
 # ------------------------------------------------------------------------------------------------------- before the training
@@ -201,7 +217,7 @@ def _prepare(folder: Path, settings: FitSettings, sides: Sides) -> Loaded:
     start, ready = folder / "start", folder / "groups" / "rejects.parquet"
     if settings.model == "tiny":
         if not start.is_dir():
-            words = (e for table in sides.train for e in examples_of(table))
+            words = (e for table in sides.tables("train") for e in examples_of(table))
             fresh = tiny_model(words, settings.net, settings.render.max_length, settings.train.seed)
             _save_whole(fresh, start)
         loaded = load_model(str(start), replace(settings.net, new_head=False), settings.render.max_length)
@@ -217,9 +233,9 @@ def _prepare(folder: Path, settings: FitSettings, sides: Sides) -> Loaded:
     if not ready.is_file():
         shutil.rmtree(folder / "groups", ignore_errors=True)
         renderer = Renderer(loaded.tokenizer, settings.render)
-        rejects = write_groups(folder / "groups" / "train", sides.train, renderer)
-        if sum(t.num_rows for t in sides.validation):
-            rejects += write_groups(folder / "groups" / "validation", sides.validation, renderer)
+        rejects = write_groups(folder / "groups" / "train", sides.tables("train"), renderer)
+        if any(table.num_rows for table in sides.tables("validation")):
+            rejects += write_groups(folder / "groups" / "validation", sides.tables("validation"), renderer)
         pq.write_table(rejects_table(rejects), ready)
     reasons = Counter(r.partition(":")[0] for r in pq.read_table(ready)["reason"].to_pylist())
     if reasons:

@@ -16,9 +16,12 @@ import hashlib
 import json
 import logging
 import os
+import socket
+import subprocess
 import sys
 import time
 import warnings
+import webbrowser
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -324,11 +327,36 @@ def identity(model: str) -> dict[str, Any]:
     return {"model": model, "sha256": digest.hexdigest()}
 
 
-def ui(host: str, port: int) -> None:
-    """Become the MLflow UI over the store."""
+def ui(host: str, port: int, browse: bool) -> None:
+    """Serve the MLflow UI over the store until it is stopped, and open it in a browser."""
     _mlflow()
-    print(f"models: http://{host}:{port}/#/models    runs: http://{host}:{port}/#/experiments    (Ctrl-C ends it)", flush=True)
+    page = f"http://{host}:{port}/#/models"
     arguments = ["-m", "mlflow", "ui", "--backend-store-uri", tracking_uri(), "--host", host, "--port", str(port)]
     if "MLFLOW_TRACKING_URI" not in os.environ:
         arguments += ["--default-artifact-root", (store() / "artifacts").as_uri()]
-    os.execv(sys.executable, [sys.executable, *arguments])
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise RegistryError(
+                f"cannot listen on {host}:{port}: {error.strerror}", "choose another port: rayward ui --port 5001"
+            ) from None
+    print(f"models: {page}    runs: http://{host}:{port}/#/experiments    (Ctrl-C ends it)", flush=True)
+    server = subprocess.Popen([sys.executable, *arguments])
+    try:
+        if browse:
+            while server.poll() is None and not _answers(host, port):
+                time.sleep(0.3)
+            webbrowser.open(page)
+        server.wait()
+    except KeyboardInterrupt:
+        print("stopped", flush=True)
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def _answers(host: str, port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex((host, port)) == 0
