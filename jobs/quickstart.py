@@ -121,7 +121,7 @@ def show(stories: list[Story], output: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="On unseen problems", title_justify="left", header_style="bold")
+    table = Table(title="On unseen problems", title_justify="left", header_style="bold", box=None)
     for column in ("labels", "built", "accuracy [95 %]", "longer wins", "ECE before → after", "registered as"):
         table.add_column(column, no_wrap=True)
     also = []
@@ -146,7 +146,7 @@ def show(stories: list[Story], output: Path) -> None:
             f"{main_part['ece']:.3f} → {main_part['calibrated']['ece']:.3f}",
             f"models:/toy-{story.kind}/{story.version}",
         )
-    console = Console(width=max(100, Console().width))
+    console = Console(width=max(110, Console().width))
     console.print()
     console.print(table)
     print("\n" + "\n".join(also))

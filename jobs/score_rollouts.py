@@ -30,14 +30,7 @@ def main(settings: Settings) -> Dataset:
     """Score every part of the rollouts."""
     rollouts = open_dataset(settings.source, "rollouts")
     folder = registry.model_folder(settings.model).absolute()
-    recipe = Recipe(
-        made_by="score_rollouts",
-        output=settings.output,
-        settings=settings,
-        inputs=[rollouts.lineage(), registry.identity(settings.model)],
-        engine=settings.engine,
-        overwrite=settings.overwrite,
-    )
+    recipe = Recipe.of("score_rollouts", settings, rollouts.lineage(), registry.identity(settings.model))
     return scoring.score_dataset(recipe, rollouts, str(folder), settings.actors)
 
 

@@ -30,14 +30,7 @@ class Settings:
 def main(settings: Settings) -> Dataset:
     """Read every file, lay the rollouts into parts by prompt."""
     files = formats.find_files(settings.source)
-    recipe = Recipe(
-        made_by="import_rollouts",
-        output=settings.output,
-        settings=settings,
-        inputs=[formats.describe_file(path) for _, path in files],
-        engine=settings.engine,
-        overwrite=settings.overwrite,
-    )
+    recipe = Recipe.of("import_rollouts", settings, *(formats.describe_file(path) for _, path in files))
     return dataflow.import_files(recipe, files, settings.format, settings.parts)
 
 

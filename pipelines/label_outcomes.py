@@ -28,14 +28,7 @@ class Settings:
 def main(settings: Settings) -> Dataset:
     """Label the rollouts of every prompt; say of each that was not used why."""
     rollouts = open_dataset(settings.source, "rollouts")
-    recipe = Recipe(
-        made_by="label_outcomes",
-        output=settings.output,
-        settings=settings,
-        inputs=[rollouts.lineage()],
-        engine=settings.engine,
-        overwrite=settings.overwrite,
-    )
+    recipe = Recipe.of("label_outcomes", settings, rollouts.lineage())
     return dataflow.label(recipe, rollouts, LABELERS["outcomes"], settings.label)
 
 

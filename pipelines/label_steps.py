@@ -29,14 +29,7 @@ class Settings:
 def main(settings: Settings) -> Dataset:
     """Label the rollouts of every prompt; say of each that was not used why."""
     rollouts = open_dataset(settings.source, "rollouts")
-    recipe = Recipe(
-        made_by="label_steps",
-        output=settings.output,
-        settings=settings,
-        inputs=[rollouts.lineage()],
-        engine=settings.engine,
-        overwrite=settings.overwrite,
-    )
+    recipe = Recipe.of("label_steps", settings, rollouts.lineage())
     return dataflow.label(recipe, rollouts, LABELERS["steps"], settings.label)
 
 

@@ -31,14 +31,7 @@ def main(settings: Settings) -> Dataset:
     """Sample, grade, lay the rollouts into parts by prompt."""
     toy = settings.problems.startswith("toy:")
     files = [] if toy else formats.find_files(settings.problems)
-    recipe = Recipe(
-        made_by="sample_rollouts",
-        output=settings.output,
-        settings=settings,
-        inputs=[formats.describe_file(path) for _, path in files],
-        engine=settings.engine,
-        overwrite=settings.overwrite,
-    )
+    recipe = Recipe.of("sample_rollouts", settings, *(formats.describe_file(path) for _, path in files))
     return sampling.sample(recipe, settings.problems, settings.sample, settings.parts)
 
 

@@ -28,14 +28,7 @@ class Settings:
 def main(settings: Settings) -> list[Dataset]:
     """Send every record to the side of its prompt."""
     source = open_dataset(settings.source)
-    recipe = Recipe(
-        made_by="split_examples",
-        output=settings.output,
-        settings=settings,
-        inputs=[source.lineage()],
-        engine=settings.engine,
-        overwrite=settings.overwrite,
-    )
+    recipe = Recipe.of("split_examples", settings, source.lineage())
     return dataflow.split(recipe, source, settings.shares)
 
 

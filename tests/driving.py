@@ -12,6 +12,7 @@ import os
 import runpy
 import subprocess
 import sys
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -33,7 +34,7 @@ class Said(NamedTuple):
 
     def mistake(self, *words: str) -> str:
         """Holds the command to the manners of a user's mistake: exit code 2, one message on stderr, no traceback; returns the message."""
-        assert self.code == 2, self
+        assert self.code == 2, f"{self.out}\n{self.err}"
         assert "Traceback" not in self.out + self.err
         assert self.err.lower().count("error: ") == 1, self.err
         for word in words:
@@ -62,6 +63,9 @@ def here(script: str, *words: str | Path) -> Said:
                 runpy.run_path(str(cli.find_script(script)), run_name="__main__")
         except SystemExit as ended:
             code = ended.code or 0
+        except Exception:  # what the interpreter does with it
+            traceback.print_exc()
+            code = 1
         finally:
             sys.argv = argv
     assert isinstance(code, int)

@@ -27,6 +27,7 @@ from rayward.dataflow import Recipe
 from rayward.errors import DataError, SettingsError
 from rayward.labels import PairSettings
 from rayward.records import Message, Rejected, Rollout, prompt_id
+from rayward.sampling import SampleSettings
 from rayward.splits import SIDES, Shares, side
 from rayward.storage import Dataset, leaf_digests, open_dataset, part_of, sort_rows, whole_digest
 
@@ -396,6 +397,12 @@ def test_bad_problems_are_rejected_and_good_ones_sampled(tmp_path: Path) -> None
     made = pipeline("sample_rollouts", problems=str(tmp_path / "problems.jsonl"), output=str(tmp_path / "out"))
     assert (made.manifest.rows_in, made.manifest.used, made.manifest.out) == (10, 2, 16)
     assert sorted(int(r["row"]) for r in made.rejects().to_pylist()) == list(range(2, 10))
+
+
+@pytest.mark.parametrize("policy_settings", ["[1]", "3", '"slip"', "{"])
+def test_policy_settings_that_are_no_settings_are_refused(policy_settings: str) -> None:
+    with pytest.raises(ValueError, match="policy_settings"):
+        SampleSettings(policy_settings=policy_settings)
 
 
 # ------------------------------------------------------------------------------------------------------------------- split

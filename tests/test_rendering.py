@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -210,9 +211,7 @@ def test_too_long_is_rejected_with_both_lengths() -> None:
     assert isinstance(one(tokenizer, of, max_length=limit), Group)
     expected = f"too long: {prompt} + {longest} tokens of prompt and answer > {limit - 1}"
     assert reason(tokenizer, of, max_length=limit - 1) == expected
-    assert reason(tokenizer, of, max_length=longest, too_long="cut_prompt").startswith(
-        "too long: "
-    )  # nothing of it would be left
+    assert reason(tokenizer, of, max_length=longest, too_long="cut_prompt").startswith("too long: ")  # nothing of it would be left
     assert reason(tokenizer, of, max_length=prompt, too_long="cut_answer").startswith("too long: ")
 
 
@@ -283,6 +282,17 @@ def test_groups_read_back_as_they_were_written_over_several_batches(tmp_path: Pa
     assert len(groups) == 5000
     assert groups.target_range() == (1.0, 3.0)
     assert groups.has_order()
+
+
+def test_groups_are_mapped_from_the_file_and_not_read_into_memory(tmp_path: Path) -> None:
+    many = [example(LONG, f"{n}", id=f"e{n}") for n in range(9000)]  # more than one record batch
+    write_groups(tmp_path, [examples_table(many)], Renderer(byte_tokenizer(), RenderSettings()))
+    tracemalloc.start()
+    groups = Groups(tmp_path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    tokens = sum(len(groups[n].token_T) for n in range(len(groups)))
+    assert peak < 4 * tokens / 2  # bytes; a token is four of them
 
 
 def test_nothing_rendered_is_an_error_with_the_reasons(tmp_path: Path) -> None:

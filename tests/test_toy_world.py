@@ -6,7 +6,7 @@ import math
 import random
 import subprocess
 import sys
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from rayward.grading import numeric
 from rayward.records import Message
-from rayward.sampling import SampleSettings, toy_problem
+from rayward.sampling import toy_problem
 from rayward.steps import cut
 from rayward.toy_world import ToyWorld, seed_of
 
@@ -39,7 +39,7 @@ def is_right(numbers: tuple[int, ...], steps: tuple[str, ...]) -> bool:
 
 @pytest.mark.parametrize("world", WORLDS, ids=str)
 def test_the_value_of_a_prefix_is_how_often_it_ends_right(world: ToyWorld) -> None:
-    draws = 1_000
+    draws = 4_000
     errors = []
     for numbers in NUMBERS:
         whole = world.continue_steps(numbers, (), seed=1)
@@ -156,7 +156,7 @@ def test_without_a_slip_every_prefix_is_worth_one_and_a_slip_costs() -> None:
         assert sure.first_slip(numbers, steps) == -1
         assert [sure.value(numbers, steps[:kept]) for kept in range(len(steps) + 1)] == [1.0] * (len(steps) + 1)
         values = [unsure.value(numbers, steps[:kept]) for kept in range(len(steps) + 1)]
-        assert all(before <= after + 1e-12 for before, after in zip(values, values[1:], strict=False))  # no slip, no loss
+        assert all(before <= after + 1e-12 for before, after in pairwise(values))  # no slip, no loss
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)
@@ -174,17 +174,11 @@ def test_problems_of_two_seeds_hardly_meet() -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [{"slip": 1.5}, {"slip": -0.1}, {"repair": 2.0}, {"least": 1}, {"least": 8, "most": 7}, {"most": 31}, {"largest": 15}]
+    "bad", [{"slip": 1.5}, {"slip": -0.1}, {"repair": 2.0}, {"least": 0}, {"least": 8, "most": 7}, {"most": 31}, {"largest": 15}]
 )
 def test_a_world_that_cannot_be_is_refused(bad: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):
         ToyWorld(**bad)
-
-
-@pytest.mark.parametrize("policy_settings", ["[1]", "3", '"slip"', "{"])
-def test_policy_settings_that_are_no_settings_are_refused(policy_settings: str) -> None:
-    with pytest.raises(ValueError, match="policy_settings"):
-        SampleSettings(policy_settings=policy_settings)
 
 
 def test_random_state_of_others_is_left_alone() -> None:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,14 @@ from safetensors.torch import load_file, save_file
 
 from rayward import checkpoints
 from rayward.batching import BatchSettings, plan
-from rayward.errors import DataError, RaywardError, SettingsError
+from rayward.errors import DataError, ModelError, RaywardError, SettingsError, UserError
 from rayward.fitting import FitSettings, Fitted, fit
 from rayward.labels import LABELERS
 from rayward.metrics import Mean
 from rayward.objectives import make_objective
 from rayward.records import Example
 from rayward.rendering import Groups, RenderSettings
-from rayward.reward_model import ModelSettings, RewardModel, load_model, tiny_model, word_tokenizer
+from rayward.reward_model import ModelSettings, RewardModel, load_model, save_model, tiny_model, word_tokenizer
 from rayward.storage import Dataset
 from rayward.training import Run, Team, TrainSettings, make_optimizer, train, validate
 from tiny import classifier, dataset_of, example, groups_on_disk, plain_scores, toy_dataset, toy_examples
@@ -306,14 +306,22 @@ def test_a_loss_that_is_no_number_ends_the_run_with_a_way_out(sides: tuple[Path,
         train(a_run(sides, tmp_path, train=replace(TRAIN, lr=1e30)))
 
 
+def test_half_precision_is_near_and_the_weights_stay_whole(sides: tuple[Path, Path], undisturbed: Run, tmp_path: Path) -> None:
+    run = a_run(sides, tmp_path, train=replace(TRAIN, precision="bf16"))
+    train(run)
+    assert losses(tmp_path) == pytest.approx(losses(undisturbed.folder), abs=0.05)
+    assert losses(tmp_path) != losses(undisturbed.folder)
+    assert {p.dtype for p in run.model.parameters()} == {torch.float32}
+
+
 @pytest.mark.parametrize("by", ["loss", "accuracy"])
 def test_the_best_weights_are_those_of_the_best_line(by: Any, sides: tuple[Path, Path], tmp_path: Path) -> None:
-    run = a_run(sides, tmp_path, train=replace(TRAIN, best_by=by, validate_every=1, lr=2e-2))
+    run = a_run(sides, tmp_path, train=replace(TRAIN, best_by=by, validate_every=1, lr=5e-3, epochs=4))
     state = train(run)
     validated = [line for line in lines(tmp_path) if "validation_loss" in line]
-    assert len(validated) == STEPS
+    assert len(validated) == 2 * STEPS
     best = min(validated, key=lambda line: line["validation_loss"] if by == "loss" else -line["validation_accuracy"])
-    assert state["best"]["step"] == best["step"] < STEPS
+    assert state["best"]["step"] == best["step"] < 2 * STEPS
     checkpoints.load(tmp_path / "best", run.model.classifier, None)
     assert validate(run) == pytest.approx({"loss": best["validation_loss"], "accuracy": best["validation_accuracy"]}, abs=1e-6)
 
@@ -395,6 +403,14 @@ def test_a_fit_leaves_the_best_weights_and_says_what_they_are(fitted: Fitted, pa
     assert sum(fitted.examples.values()) == pairs.manifest.out
 
 
+def test_a_finished_fit_is_not_done_twice(fitted: Fitted, pairs: Dataset) -> None:
+    output = fitted.model.parent
+    before, said, notes = model_bytes(fitted.model), lines(output / "run"), (fitted.model / "config.json").read_text()
+    again = fit(replace(FIT, examples=str(pairs.path)), str(output))
+    assert again == fitted
+    assert (model_bytes(fitted.model), lines(output / "run"), (fitted.model / "config.json").read_text()) == (before, said, notes)
+
+
 def test_a_fit_by_last_leaves_the_last_weights(pairs: Dataset, tmp_path: Path) -> None:
     done = fit(replace(FIT, examples=str(pairs.path), train=replace(FIT.train, best_by="last")), str(tmp_path))
     last = load_file(checkpoints.steps(tmp_path / "run")[-1] / "model.safetensors")
@@ -435,8 +451,28 @@ def test_a_folder_of_something_else_is_refused(pairs: Dataset, tmp_path: Path) -
 def test_probabilities_are_not_learned_from_rewards_of_five(tmp_path: Path) -> None:
     graded = [example("a", "b", id=f"e{n}", targets=(5.0, 1.0), prompt=e.prompt) for n, e in enumerate(toy_examples("pairs", 30))]
     source = dataset_of(graded, tmp_path / "graded")
-    with pytest.raises(SettingsError, match="needs targets between 0 and 1; these lie between 1 and 5"):
-        fit(replace(FIT, examples=str(source.path), objective="binary_cross_entropy"), str(tmp_path / "out"))
+    settings = replace(FIT, examples=str(source.path), objective="binary_cross_entropy")
+    with pytest.raises(SettingsError, match=r"needs targets between 0 and 1; these lie between 1 and 5(.|\n)*bradley_terry"):
+        fit(settings, str(tmp_path / "out"))
+    fit(replace(settings, objective="bradley_terry"), str(tmp_path / "out"))  # the way out it names, in the same folder
+
+
+def test_a_model_that_is_not_there_leaves_the_folder_to_the_next_try(pairs: Dataset, tmp_path: Path) -> None:
+    settings = replace(FIT, examples=str(pairs.path), model=str(tmp_path / "mistyped"))
+    with pytest.raises(ModelError, match="mistyped cannot be loaded"):
+        fit(settings, str(tmp_path / "out"))
+    fit(replace(settings, model="tiny"), str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("pooling", ["auto", "mean"])
+def test_a_body_that_looks_ahead_cannot_learn_steps(pooling: Any, tmp_path: Path) -> None:
+    examples = toy_examples("steps", 30)
+    tokenizer = word_tokenizer(examples, 8192)
+    save_model(RewardModel(classifier("bert", vocabulary=len(tokenizer))), tokenizer, tmp_path / "bert", {})
+    source = dataset_of(examples, tmp_path / "steps", made_by="label_steps")
+    settings = replace(FIT, examples=str(source.path), model=str(tmp_path / "bert"), net=ModelSettings(pooling=pooling))
+    with pytest.raises(UserError, match="step"):  # it has one score for a whole answer, so every step would get the same
+        fit(settings, str(tmp_path / "out"))
 
 
 def test_comparing_is_not_learned_where_nothing_is_to_compare(tmp_path: Path) -> None:

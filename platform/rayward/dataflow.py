@@ -131,6 +131,11 @@ class Recipe:
     engine: Engine = "auto"
     overwrite: bool = False
 
+    @classmethod
+    def of(cls, made_by: str, settings: Any, *inputs: Mapping[str, Any]) -> Recipe:
+        """The recipe of a script, whose settings have `output`, `engine` and `overwrite`."""
+        return cls(made_by, settings.output, settings, inputs, settings.engine, settings.overwrite)
+
     def manifest(self, kind: str, counts: Counts) -> Manifest:
         """The manifest of what was made. Where it was written and how it was run are no part of what it is."""
         counts.check()
