@@ -34,7 +34,7 @@ class Said(NamedTuple):
 
     def mistake(self, *words: str) -> str:
         """Holds the command to the manners of a user's mistake: exit code 2, one message on stderr, no traceback; returns the message."""
-        assert self.code == 2, f"{self.out}\n{self.err}"
+        assert self.code == 2, self.out + self.err[-600:]
         assert "Traceback" not in self.out + self.err
         assert self.err.lower().count("error: ") == 1, self.err
         for word in words:

@@ -62,10 +62,8 @@ def test_run_by_name_does_the_work(toy: Toy, at_home: Path) -> None:
 def test_a_copied_script_is_the_users_own(toy: Toy, at_home: Path) -> None:
     assert "mine.py" in done(rayward("cp", "label_pairs", "mine.py", cwd=at_home)).out
     copy = at_home / "mine.py"
-    copy.write_text(copy.read_text().replace("overwrite: bool = False  # replace", "replace: bool = False  # replace"))
-    copy.write_text(copy.read_text().replace("settings.overwrite", "settings.replace"))
-    words = ("--source", str(toy.answers), "--output", "mine", "--set", "label.choose=adjacent", "--no-replace")
-    done(rayward("run", "mine.py", *words, cwd=at_home))
+    copy.write_text(copy.read_text().replace("= PairSettings()", '= PairSettings("adjacent")'))
+    done(rayward("run", "mine.py", "--source", str(toy.answers), "--output", "mine", cwd=at_home))
     assert open_dataset(at_home / "mine").manifest.digest == open_dataset(toy.pairs).manifest.digest
 
 
@@ -208,7 +206,6 @@ def test_a_mistake_is_one_message_in_a_process_of_its_own_too(toy: Toy, at_home:
         ("sample_rollouts --problems toy:many", "toy:400"),
         ("sample_rollouts --problems toy:0", "toy:0"),
         ("sample_rollouts --problems toy:4 --parts -1", "parts"),
-        ("sample_rollouts --problems toy:4 --parts 3", "parts"),
         ("sample_rollouts --problems toy:4 --set sample.policy=toyy", "did you mean toy?"),
         ("sample_rollouts --problems toy:4 --set sample.grader=numerc", "did you mean numeric?"),
         ("import_rollouts --source nowhere.jsonl", "nowhere.jsonl does not exist"),

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -226,6 +227,17 @@ def test_lists_that_hold_the_same_words_differently_have_different_digests() -> 
     assert len({leaf_digests(table)["00"] for table in tables}) == len(tables)
 
 
+@pytest.mark.parametrize(
+    ("kind", "nothing"),
+    [(pa.string(), ""), (pa.float64(), 0.0), (pa.bool_(), False), (pa.list_(pa.string()), []), (pa.map_(pa.string(), pa.float64()), [])],
+    ids=str,
+)
+def test_a_null_is_not_nothing_and_stands_where_it_stands(kind: pa.DataType, nothing: object) -> None:
+    columns = [[None, None], [None, nothing], [nothing, None], [nothing, nothing]]
+    tables = [pa.table({"prompt_id": ["00", "00"], "id": ["a", "b"], "x": pa.array(column, kind)}) for column in columns]
+    assert len({leaf_digests(table)["00"] for table in tables}) == 4
+
+
 # ---------------------------------------------------------------------------------------------------- whole or not at all
 
 
@@ -345,6 +357,23 @@ def test_other_rows_in_the_source_are_another_run(tmp_path: Path) -> None:
         imported(tmp_path / "rows.jsonl", tmp_path / "out")
 
 
+def test_other_rows_in_a_saved_set_are_another_run(tmp_path: Path) -> None:
+    for name, prompts in (("one", 20), ("other", 21)):
+        datasets.Dataset.from_list(rows_of(prompts)).save_to_disk(tmp_path / name)
+    assert imported(tmp_path / "one", tmp_path / "out").manifest.out == 80
+    with pytest.raises(DataError, match="already holds something else"):
+        imported(tmp_path / "other", tmp_path / "out")
+
+
+def test_the_same_files_by_another_path_are_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write(tmp_path / "rows.jsonl", rows_of(20))
+    imported(source, tmp_path / "out")
+    before = state(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    imported(Path("rows.jsonl"), Path("out"))
+    assert state(tmp_path) == before
+
+
 @pytest.mark.parametrize("content", ["", "{", "{}", "[]", "null", '"text"', '{"in": 1}'])
 def test_a_folder_of_somebody_elses_is_never_written_to(content: str, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
@@ -365,13 +394,13 @@ def test_of_rows_with_one_id_one_is_kept_whatever_their_order(parts: int, tmp_pa
     rows = rows_of(10)
     doubles = [{**rows[3], "steps": ["Other."]}, {**rows[3], "reward": 0.75}, rows[8], {**rows[5], "prompt": "Another question?"}]
     made = []
-    for n in range(3):
+    for n in range(6):
         mixed = random.Random(n).sample(rows + doubles, len(rows) + len(doubles))
         made.append(imported(write(tmp_path / f"{n}.jsonl", mixed), tmp_path / f"out{n}", parts=parts))
         assert (made[n].manifest.rows_in, made[n].manifest.used, made[n].manifest.out) == (44, 41, 41)
         assert made[n].manifest.rejected == {"duplicate id": 3}
         assert Counter(r["row"] for r in made[n].rejects().to_pylist()) == {rows[3]["id"]: 2, rows[8]["id"]: 1}
-    assert without_provenance(made[0]) == without_provenance(made[1]) == without_provenance(made[2])
+    assert all(without_provenance(d) == without_provenance(made[0]) for d in made)
 
 
 def test_no_file_and_no_row_are_counted_too(tmp_path: Path) -> None:

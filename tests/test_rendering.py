@@ -285,7 +285,7 @@ def test_groups_read_back_as_they_were_written_over_several_batches(tmp_path: Pa
 
 
 def test_groups_are_mapped_from_the_file_and_not_read_into_memory(tmp_path: Path) -> None:
-    many = [example(LONG, f"{n}", id=f"e{n}") for n in range(9000)]  # more than one record batch
+    many = [example(LONG, f"{n}", id=f"e{n}") for n in range(4200)]  # more than one record batch
     write_groups(tmp_path, [examples_table(many)], Renderer(byte_tokenizer(), RenderSettings()))
     tracemalloc.start()
     groups = Groups(tmp_path)

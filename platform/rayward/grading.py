@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from fractions import Fraction
 
 from rayward.records import BadRecord
 
@@ -42,27 +43,55 @@ def stated_answer(answer: str) -> str | None:
     return found[1].strip().rstrip(".").strip()
 
 
-def number(text: str) -> float | None:
-    """A text as a number: currency signs, thousands separators, percent signs and units around it are left out.
+_NUMBER = r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
+_FRACTION = re.compile(rf"\\[dt]?frac\s*\{{\s*({_NUMBER})\s*\}}\s*\{{\s*({_NUMBER})\s*\}}|({_NUMBER})\s*/\s*({_NUMBER})|({_NUMBER})")
+_OPERATORS = re.compile(r"[\d=^*/+]|(?<!\w)-(?!\w)")
 
-    >>> number("$1,234.50"), number("18 eggs"), number("-3"), number("x")
-    (1234.5, 18.0, -3.0, None)
+
+def number(text: str) -> Fraction | None:
+    """A text as a number, exactly; None unless there is just one number (or fraction) in it. Currency, commas and units are left out.
+
+    >>> number("$1,234.50"), number("18 eggs"), number("\\\\frac{1}{2}"), number("-3"), number("x"), number("3 or 4"), number("2x + 1")
+    (Fraction(2469, 2), Fraction(18, 1), Fraction(1, 2), Fraction(-3, 1), None, None, None)
     """
-    match = re.search(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+", text.replace("$", ""))
-    return float(match.group().replace(",", "")) if match else None
+    text = text.replace("\N{MINUS SIGN}", "-").replace("\\$", "").replace("$", "").replace("\\%", "").replace("\\,", "")
+    found = list(_FRACTION.finditer(text))
+    if len(found) != 1:
+        return None
+    match = found[0]
+    around = text[: match.start()] + " " + text[match.end() :]
+    if _OPERATORS.search(around) or re.match(r"[A-Za-z_(]", text[match.end() :]) or text[: match.start()].rstrip().endswith("-"):
+        return None
+    above, below = match[1] or match[3] or match[5], match[2] or match[4] or "1"
+    try:
+        return Fraction(above.replace(",", "")) / Fraction(below.replace(",", ""))
+    except (ValueError, ZeroDivisionError):
+        return None
 
 
 def exact(answer: str, gold: str) -> bool | None:
     """The stated answer is the gold answer, up to white space and case."""
-    stated = stated_answer(answer)
-    return None if stated is None else " ".join(stated.split()).casefold() == " ".join(check_gold(gold).split()).casefold()
+    gold, stated = check_gold(gold), stated_answer(answer)
+    return None if stated is None else " ".join(stated.split()).casefold() == " ".join(gold.split()).casefold()
 
 
 def numeric(answer: str, gold: str) -> bool | None:
-    """The stated answer is the number of the gold answer."""
-    stated = stated_answer(answer)
-    value, wanted = number(stated) if stated is not None else None, number(check_gold(gold))
-    return None if value is None or wanted is None else abs(value - wanted) < 1e-9 * max(1.0, abs(wanted))
+    """The stated answer is the number of the gold answer.
+
+    Unknown where none is stated, where the gold answer is not one number, and where what is stated is not one number but has the gold
+    one in it. What is stated and has nothing of it is wrong.
+
+    >>> numeric("A: 10 + x", "10"), numeric("A: 10 + x", "28")
+    (None, False)
+    """
+    gold, stated = check_gold(gold), stated_answer(answer)
+    wanted = number(stated_answer(gold) or gold)
+    if stated is None or wanted is None:
+        return None
+    value = number(stated)
+    if value is None:
+        return None if any(number(match.group()) == wanted for match in _FRACTION.finditer(stated)) else False
+    return value == wanted
 
 
 def check_gold(gold: str) -> str:

@@ -137,7 +137,7 @@ def pairs_table(table: pa.Table, settings: PairSettings) -> Labelled:
     """`pairs` for a whole table sorted by (prompt_id, id), without a Python step per row."""
     groups = _Groups.of(table)
     better, worse = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-    for size in np.unique(groups.sizes):
+    for size in np.unique(groups.sizes[groups.sizes > 1]):
         places = np.array(settings.places(int(size))).reshape(-1, 2)
         rows = groups.rows_of_size(int(size))  # (groups, size)
         better.append(rows[:, places[:, 0]].ravel())
@@ -375,7 +375,14 @@ def steps(rollouts: Sequence[Rollout], settings: StepSettings) -> Iterator[Examp
     for answer in by_id:
         if answer.continues is not None:
             continue
-        mine = continuations.pop(answer.id, [])
+        mine = []
+        for c in continuations.pop(answer.id, []):
+            if 1 <= c.kept_steps < len(answer.steps) and c.steps[: c.kept_steps] == answer.steps[: c.kept_steps]:
+                mine.append(c)
+            else:
+                yield _reject(
+                    c, f"not a continuation: it does not keep the first {c.kept_steps} of {len(answer.steps)} steps of {answer.id}"
+                )
         values = prefix_values((c.kept_steps, c.correct) for c in mine)
         short = [n for n in range(1, len(answer.steps)) if values.get(n, Value()).count < settings.min_continuations]
         if answer.correct is None:

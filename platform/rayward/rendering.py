@@ -115,7 +115,9 @@ class Renderer:
                 wholes = [self._template((*example.prompt, Message("assistant", a)), open_answer=False) for a in answers]
             except (TemplateError, ValueError) as error:
                 return f"chat template refuses: {error}"
-            prompt = os.path.commonprefix([prompt, *wholes])
+            if not all(whole.startswith(prompt) for whole in wholes):  # it opens an answer in another way than it shows a given one
+                history = self._template(example.prompt, open_answer=False)
+                prompt = history if all(w.startswith(history) for w in wholes) else os.path.commonprefix([prompt, *wholes])
             tails = [whole[len(prompt) :] for whole in wholes]
         else:
             prompt, tails = plain(example.prompt), answers
@@ -175,7 +177,7 @@ class Renderer:
         if len(prompt) + longest <= limit:
             return prompt, ids
         too_long = f"too long: {len(prompt):,} + {longest:,} tokens of prompt and answer > {limit:,}"
-        fixed = len(self.before)  # BOS or CLS stays
+        fixed = len(self.before) or int(bool(prompt) and prompt[0] == self.tokenizer.bos_token_id)  # BOS or CLS stays
         least = {"reject": limit, "cut_prompt": fixed + 1, "cut_answer": len(prompt), "cut": max(fixed + 1, limit // 4)}[how]
         keep = min(len(prompt), max(least, limit - longest))
         room = limit - keep
@@ -246,33 +248,40 @@ class Groups:
         self.folder = folder
         with pa.memory_map(str(folder / _FILE)) as source:
             table = pa.ipc.open_file(source).read_all()
-        self._offsets: dict[str, np.ndarray] = {}
-        self._values: dict[str, np.ndarray] = {}
-        for name in ("token_T", "length_A", "place_K", "target_K"):
-            column = table[name]
-            chunks = column.chunks or [pa.array([], column.type)]
-            lengths = [np.diff(c.offsets.to_numpy()) for c in chunks]
-            self._offsets[name] = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)
-            flat = [c.flatten().to_numpy() for c in chunks]
-            self._values[name] = flat[0] if len(flat) == 1 else np.concatenate(flat)
-        self.weight = table["weight"].to_numpy()
+        self._batches = [_Columns(batch) for batch in table.to_batches() if batch.num_rows]
         self.ids = table["id"]
+        self._starts = np.cumsum([0, *(len(b.weight) for b in self._batches)])
 
     def __len__(self) -> int:
-        return len(self.weight)
+        return int(self._starts[-1])
 
     def __getitem__(self, n: int) -> Group:
-        parts = {name: self._values[name][self._offsets[name][n] : self._offsets[name][n + 1]] for name in self._values}
-        return Group(**parts, weight=float(self.weight[n]))
+        batch = int(np.searchsorted(self._starts, n, side="right")) - 1
+        return self._batches[batch].group(n - int(self._starts[batch]))
 
     def has_order(self) -> bool:
         """Whether some example has two different targets, which is what comparing objectives learn from."""
-        return any(np.ptp(self[n].target_K) > 0 for n in range(len(self)) if len(self[n].target_K) > 1)
+        return any(np.ptp(self[n].target_K) > 0 for n in range(len(self)))
 
     def target_range(self) -> tuple[float, float]:
         """The least and the largest target."""
-        values = self._values["target_K"]
-        return float(values.min()), float(values.max())
+        every = [batch.values["target_K"] for batch in self._batches]
+        return float(min(v.min() for v in every)), float(max(v.max() for v in every))
+
+
+class _Columns:
+    """One record batch as numpy views of the mapped file: nothing is copied."""
+
+    def __init__(self, batch: pa.RecordBatch):
+        names = ("token_T", "length_A", "place_K", "target_K")
+        self.offsets = {name: batch[name].offsets.to_numpy() for name in names}
+        self.values = {name: batch[name].values.to_numpy() for name in names}
+        self.weight = batch["weight"].to_numpy()
+
+    def group(self, n: int) -> Group:
+        """Row `n`."""
+        parts = {name: self.values[name][at[n] : at[n + 1]] for name, at in self.offsets.items()}
+        return Group(**parts, weight=float(self.weight[n]))
 
 
 def write_groups(folder: Path, tables: Iterable[pa.Table], renderer: Renderer) -> list[Rejected]:

@@ -15,15 +15,18 @@ from dataclasses import dataclass
 
 
 def cut(answer: str) -> tuple[str, ...]:
-    """Cut after every line break or run of blank lines; a blank piece stays with the one before it.
+    """Cut after every line break or run of blank lines; a blank piece stays with the one before it, or at the start with the one after it.
 
     >>> cut("one line"), cut("\\n a\\nb\\n")
     (('one line',), ('\\n a\\n', 'b\\n'))
     """
-    pieces = re.findall(r"\s*[^\n]+(?:\n\s*\n|\n|$)", answer)
-    if "".join(pieces) != answer:  # trailing or only white space
-        return (*pieces[:-1], answer[len("".join(pieces[:-1])) :]) if pieces else (answer,)
-    return tuple(pieces)
+    pieces: list[str] = []
+    for line in re.findall(r"[^\n]*\n|[^\n]+", answer):
+        if pieces and not (line.strip() and pieces[-1].strip()):
+            pieces[-1] += line
+        else:
+            pieces.append(line)
+    return tuple(pieces) or (answer,)
 
 
 @dataclass(frozen=True)

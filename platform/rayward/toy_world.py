@@ -51,6 +51,12 @@ class ToyWorld:
     most: int = 7  # numbers in the longest problem
     largest: int = 39  # numbers are 10 .. largest: two digits each, or a right answer, which holds larger ones, would be longer
 
+    def __post_init__(self) -> None:
+        if not (0 <= self.slip <= 1 and 0 <= self.repair <= 1):
+            raise ValueError(f"slip={self.slip} and repair={self.repair} are chances, between 0 and 1")
+        if not 2 <= self.least <= self.most <= self.largest - 9:
+            raise ValueError(f"least={self.least}, most={self.most}, largest={self.largest}: there are no such problems")
+
     def problem(self, index: int, seed: int = 0) -> tuple[int, ...]:
         """The numbers of problem `index`, all different."""
         rng = random.Random(seed_of("toy problem", seed, index))

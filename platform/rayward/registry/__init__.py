@@ -208,9 +208,22 @@ def register(log: RunLog, folder: Path, name: str, tags: Mapping[str, Any]) -> s
             registered_model_name=name,
         )
     version = str(info.registered_model_version)
-    for key, value in {**tags, "code_version": code_version()}.items():
-        log.client.set_model_version_tag(name, version, key, str(value)[:5000])
+    tag(name, version, {**tags, "code_version": code_version()})
+    log.client.update_model_version(name, version, description=_card(name, version, tags))
     return version
+
+
+def _card(name: str, version: str, tags: Mapping[str, Any]) -> str:
+    """A few lines of Markdown for who browses the registry."""
+    said = {key: value for key, value in tags.items() if key.startswith("best_") and isinstance(value, float)}
+    scores = ", ".join(f"{key.removeprefix('best_')} {value:.3f}" for key, value in sorted(said.items()))
+    counts = f"{tags.get('examples.train')} examples" if tags.get("examples.train") else "examples"
+    return (
+        f"A reward model trained on {counts} of **{tags.get('labeler') or 'judgements'}** with `{tags.get('objective')}`"
+        f" from `{tags.get('base_model')}`" + (f"; on validation: {scores}" if scores else "") + ".\n\n"
+        f"Data digest `{tags.get('data_digest')}`. Temperature `{tags.get('temperature')}`.\n\n"
+        f'```python\nmlflow.pyfunc.load_model("models:/{name}/{version}").predict(rows)  # prompt, answer -> score\n```'
+    )
 
 
 def _requirements() -> list[str]:
