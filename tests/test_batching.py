@@ -109,9 +109,7 @@ def test_separate_rows_hold_the_prompt_with_one_answer_each(shapes: list[tuple[i
     groups = groups_of(shapes)
     batch = collate([groups], shared=False)
     check_places(batch, groups)
-    wholes = [
-        (g, prompt + answer) for g, group in enumerate(groups) for prompt, answers in [answers_of(group)] for answer in answers
-    ]
+    wholes = [(g, prompt + answer) for g, group in enumerate(groups) for prompt, answers in [answers_of(group)] for answer in answers]
     assert batch.token_BT.shape == (len(wholes), max(len(w) for _, w in wholes))
     for b, (g, whole) in enumerate(wholes):
         n = len(whole)

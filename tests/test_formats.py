@@ -179,14 +179,10 @@ LEAVES = st.one_of(
     st.booleans(),
     st.integers(-3, 3),
     st.sampled_from([10**400, -(2**63) - 1, 0.5, float("nan"), float("inf"), -float("inf"), 1e-320]),
-    st.sampled_from(
-        ["", " \n", "half \ud800", "\udc00", "\x00", "\n\nHuman: Hi", "\n\nAssistant: ", "user", "Assistant", "1", "true"]
-    ),
+    st.sampled_from(["", " \n", "half \ud800", "\udc00", "\x00", "\n\nHuman: Hi", "\n\nAssistant: ", "user", "Assistant", "1", "true"]),
     TEXT,
 )
-VALUES = st.recursive(
-    LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3), max_leaves=6
-)
+VALUES = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3), max_leaves=6)
 
 
 @st.composite
@@ -229,7 +225,7 @@ def check_parsed(found: list[Rollout] | Rejected) -> None:
         assert rollouts_of(rollouts_table(found)) == found
 
 
-@settings(max_examples=500, deadline=None, derandomize=True)
+@settings(max_examples=300, deadline=None, derandomize=True)
 @example(("rollouts", {"prompt": "Hi", "answer": "Hello", "rewards": {"\ud800": "high"}}))  # half a surrogate in a reason
 @example(("rollouts", {"prompt": "Hi", "answer": "Hello", "colour": {"\ud800": [float("nan")]}}))
 @example(("rollouts", {"prompt": "Hi", "answer": "Hello", "id": 10**4000}))

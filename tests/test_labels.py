@@ -97,7 +97,7 @@ SETTINGS: dict[str, st.SearchStrategy[Any]] = {
     "outcomes": st.just(OutcomeSettings()),
     "steps": st.builds(StepSettings, estimate=st.sampled_from(["soft", "hard"]), min_continuations=st.integers(1, 3)),
 }
-some_settings = settings(max_examples=200, deadline=None, derandomize=True)
+some_settings = settings(max_examples=100, deadline=None, derandomize=True)
 
 
 def table_of(rollouts: Sequence[Rollout], cut_at: int = 0) -> pa.Table:
@@ -172,9 +172,7 @@ def test_all_pairs_are_those_that_a_count_by_hand_finds(rollouts: list[Rollout],
     wanted = {
         (a.prompt, a.id, b.id)
         for a, b in itertools.permutations(whole, 2)
-        if (a.prompt, a.judgement) == (b.prompt, b.judgement)
-        and a.text != b.text
-        and a.reward - b.reward >= max(min_gap, 1e-300)
+        if (a.prompt, a.judgement) == (b.prompt, b.judgement) and a.text != b.text and a.reward - b.reward >= max(min_gap, 1e-300)
     }
     made = examples_of(label_table(table_of(rollouts), LABELERS["pairs"], PairSettings(min_gap=min_gap)).examples)
     assert {(e.prompt, *e.rollouts) for e in made} == wanted
@@ -268,9 +266,7 @@ def test_too_many_answers_are_rejected_not_cut() -> None:
 def test_an_unknown_outcome_is_rejected_never_wrong() -> None:
     graded = [answer("c", correct=True), answer("b"), answer("a", correct=False), answer("d", correct=False, continues="a")]
     found = list(outcomes(graded, OutcomeSettings()))
-    assert [(e.rollouts, e.answers, e.targets) for e in examples(found)] == [
-        (("a", "c"), (("text a",), ("text c",)), (0.0, 1.0))
-    ]
+    assert [(e.rollouts, e.answers, e.targets) for e in examples(found)] == [(("a", "c"), (("text a",), ("text c",)), (0.0, 1.0))]
     assert reasons(found).keys() == {"b", "d"}
     assert reasons(found)["b"] == "no outcome"
 
@@ -347,9 +343,7 @@ def test_answers_without_outcome_or_continuation_and_orphans_say_so() -> None:
 @pytest.mark.parametrize("kept", [0, 1, 3])
 def test_a_continuation_of_other_steps_than_its_answers_is_rejected(kept: int) -> None:
     family = [PARENT, *continued(PARENT, 1, [True, True]), *continued(PARENT, 2, [True, True])]
-    other = replace(
-        PARENT, id="other", steps=("not one\n", "two\n", "A: 3", "rest"), correct=False, continues="p", kept_steps=kept
-    )
+    other = replace(PARENT, id="other", steps=("not one\n", "two\n", "A: 3", "rest"), correct=False, continues="p", kept_steps=kept)
     found = list(steps([*family, other], StepSettings()))
     [example] = examples(found)
     assert (example.targets, example.counts) == ((1.0, 1.0, 1.0), (2, 2, 1))

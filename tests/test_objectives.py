@@ -202,11 +202,7 @@ def test_binary_cross_entropy_is_least_where_the_model_says_the_target(target: f
     assert loss.item() == pytest.approx(entropy)
     assert score.grad is not None
     assert score.grad.item() == pytest.approx(0.0, abs=1e-12)
-    assert (
-        loss_of("binary_cross_entropy", [(best + 0.1, target)])
-        > loss.item()
-        < loss_of("binary_cross_entropy", [(best - 0.1, target)])
-    )
+    assert loss_of("binary_cross_entropy", [(best + 0.1, target)]) > loss.item() < loss_of("binary_cross_entropy", [(best - 0.1, target)])
 
 
 @pytest.mark.parametrize("loss", [bradley_terry, plackett_luce])

@@ -14,8 +14,8 @@ import sysconfig
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ def history(run_id: str, metric: str) -> list[tuple[int, float]]:
 # -------------------------------------------------------------------------------------------------------------------- runs
 
 
-def test_a_run_keeps_settings_metrics_over_time_and_what_went_in(toy: Toy, store: Path, at_home: Path) -> None:
+def test_a_run_keeps_settings_metrics_over_time_and_what_went_in(toy: Toy, own: Path, at_home: Path) -> None:
     lines = [{"step": s, "loss": 1 / s, "accuracy": s / 10} for s in range(1, 6)]
     dataset = open_dataset(toy.pairs)
     with registry.run("train", SETTINGS) as run:
@@ -82,8 +82,8 @@ def test_a_run_keeps_settings_metrics_over_time_and_what_went_in(toy: Toy, store
         for line in lines:
             run.metrics(line)
         run.summary({"best": 0.5, "missing": None, "undefined": float("nan")})
-        (store / "note.txt").write_text("kept")
-        run.artifact(store / "note.txt")
+        (at_home / "note.txt").write_text("kept")
+        run.artifact(at_home / "note.txt")
     kept = client().get_run(run.id)
     assert kept.info.status == "FINISHED"
     assert kept.data.params == {"source": "s", "train.lr": "0.1", "train.epochs": "2"}
@@ -102,27 +102,36 @@ def test_a_run_keeps_settings_metrics_over_time_and_what_went_in(toy: Toy, store
     ("error", "status"),
     [(ValueError("mine"), "FAILED"), (Interrupted("stopped"), "KILLED"), (KeyboardInterrupt(), "KILLED"), (SystemExit(3), "FAILED")],
 )
-def test_a_run_says_how_it_ended(store: Path, error: BaseException, status: str) -> None:
-    with pytest.raises(type(error)), registry.run("job", {}) as run:
-        run.metrics({"step": 1, "loss": 2.0})
-        raise error
-    assert client().get_run(run.id).info.status == status
-    assert history(run.id, "loss") == [(1, 2.0)]  # what was measured before is not lost
+def test_a_run_says_how_it_ended(own: Path, tmp_path: Path, error: BaseException, status: str) -> None:
+    keep = tmp_path / "tracking.json"
+
+    def job() -> None:
+        with registry.run("job", {}, keep=keep) as run:
+            run.metrics({"step": 1, "loss": 2.0})
+            raise error
+
+    with pytest.raises(type(error)):
+        job()
+    run_id = json.loads(keep.read_text())["run_id"]
+    assert client().get_run(run_id).info.status == status
+    assert history(run_id, "loss") == [(1, 2.0)]  # what was measured before is not lost
 
 
-def test_a_store_that_went_away_does_not_hide_why_a_job_ended(store: Path) -> None:
-    with pytest.raises(ValueError, match="mine"), registry.run("job", {}) as run:
-        run.metrics({"step": 1, "loss": 2.0})
-        shutil.rmtree(store)
-        raise ValueError("mine")
+def test_a_store_that_went_away_does_not_hide_why_a_job_ended(own: Path) -> None:
+    def job() -> None:
+        with registry.run("job", {}):
+            shutil.rmtree(own)
+            raise ValueError("mine")
+
+    with pytest.raises(ValueError, match="mine"):
+        job()
 
 
-def test_a_job_that_goes_on_logs_into_its_run_and_every_step_once(store: Path, tmp_path: Path) -> None:
+def test_a_job_that_goes_on_logs_into_its_run_and_every_step_once(own: Path, tmp_path: Path) -> None:
     keep = tmp_path / "job" / "tracking.json"
-    with pytest.raises(Interrupted), registry.run("job", SETTINGS, keep=keep) as first:
+    with registry.run("job", SETTINGS, keep=keep) as first:
         for step in range(1, 6):
             first.metrics({"step": step, "loss": float(step)})
-        raise Interrupted("stopped")
     with registry.run("job", SETTINGS, keep=keep) as again:
         assert client().get_run(again.id).info.status == "RUNNING"
         for step in range(3, 9):  # from the last checkpoint
@@ -133,24 +142,23 @@ def test_a_job_that_goes_on_logs_into_its_run_and_every_step_once(store: Path, t
 
 
 @pytest.mark.parametrize("sent", [0, 1, 2, 3, 4], ids="{} lines sent".format)
-def test_a_job_that_was_killed_goes_on_without_a_gap_or_a_repeat(store: Path, tmp_path: Path, sent: int) -> None:
+def test_a_job_that_was_killed_goes_on_without_a_gap_or_a_repeat(own: Path, tmp_path: Path, sent: int) -> None:
     lines: list[dict[str, float]] = [{"step": 10, "loss": 1.0}, {"step": 20, "loss": 2.0}, {"step": 20, "validation_loss": 2.5}]
     lines += [{"step": 25, "validation_loss": 3.5}, {"step": 30, "loss": 3.0}]
     keep = tmp_path / "tracking.json"
-    killed = registry.run("job", {}, keep=keep)
-    first = killed.__enter__()  # and never left, as when the machine goes down
-    for line in lines[:sent]:
-        first.metrics(line)
-    first.flush()
-    with registry.run("job", {}, keep=keep) as again:
-        for line in lines:  # from the start: no checkpoint had been written
-            again.metrics(line)
-    assert again.id == first.id
-    assert history(first.id, "loss") == [(10, 1.0), (20, 2.0), (30, 3.0)]
-    assert history(first.id, "validation_loss") == [(20, 2.5), (25, 3.5)]
+    with registry.run("job", {}, keep=keep) as first:
+        for line in lines[:sent]:
+            first.metrics(line)
+        first.flush()
+        with registry.run("job", {}, keep=keep) as again:  # the first never came to its end, as when the machine goes down
+            for line in lines:  # from the start: no checkpoint had been written
+                again.metrics(line)
+        assert again.id == first.id
+        assert history(first.id, "loss") == [(10, 1.0), (20, 2.0), (30, 3.0)]
+        assert history(first.id, "validation_loss") == [(20, 2.5), (25, 3.5)]
 
 
-def test_a_job_whose_run_is_gone_begins_a_new_one(store: Path, tmp_path: Path) -> None:
+def test_a_job_whose_run_is_gone_begins_a_new_one(own: Path, tmp_path: Path) -> None:
     keep = tmp_path / "tracking.json"
     with registry.run("job", {}, keep=keep) as first:
         pass
@@ -378,30 +386,36 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
 @contextmanager
-def serving(*words: str, cwd: Path, ready: str) -> Iterator[subprocess.Popen[bytes]]:
+def serving(*words: str, cwd: Path, ready: str, env: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
     """A server in a process group of its own, once `ready` answers; ended whatever happens."""
-    env = {**os.environ, "MLFLOW_TRACKING_URI": registry.tracking_uri()} if words[0] != RAYWARD else dict(os.environ)
-    with (cwd / "server.log").open("wb") as log:
-        server = subprocess.Popen(words, cwd=cwd, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+    log = cwd / "server.log"
+    with log.open("wb") as file:
+        server = subprocess.Popen(
+            words, cwd=cwd, env={**os.environ, "PATH": path, **env}, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
     try:
         until = time.monotonic() + 200
-        while True:
-            assert server.poll() is None and time.monotonic() < until, (cwd / "server.log").read_text()[-3000:]
-            try:
-                with urllib.request.urlopen(ready, timeout=10) as answer:
-                    assert answer.status == 200
-                break
-            except OSError:
-                time.sleep(0.3)
+        while not answers(ready):
+            assert server.poll() is None, log.read_text()[-3000:]
+            assert time.monotonic() < until, log.read_text()[-3000:]
+            time.sleep(0.3)
         yield server
     finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        try:
+        with suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGTERM)
             server.wait(20)
-        except subprocess.TimeoutExpired:
+        with suppress(ProcessLookupError):
             os.killpg(server.pid, signal.SIGKILL)
-            server.wait(20)
 
 
 def post(url: str, body: Any) -> tuple[int, str]:
@@ -416,13 +430,13 @@ def post(url: str, body: Any) -> tuple[int, str]:
 def test_the_ui_shows_the_store(filled: Toy, tmp_path: Path) -> None:
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    with serving(RAYWARD, "ui", "--port", str(port), cwd=tmp_path, ready=url) as server:
+    with serving(RAYWARD, "ui", "--port", str(port), cwd=tmp_path, ready=url, env={}) as server:
         with urllib.request.urlopen(url, timeout=60) as page:
             assert "<html" in page.read().decode().lower()
         with urllib.request.urlopen(f"{url}/api/2.0/mlflow/registered-models/search", timeout=60) as answer:
             assert sorted(m["name"] for m in json.load(answer)["registered_models"]) == ["toy-pairs", "toy-steps"]
         assert f"{url}/#/models" in (tmp_path / "server.log").read_text()
-        server.send_signal(signal.SIGINT)  # Ctrl-C ends it
+        os.killpg(server.pid, signal.SIGINT)  # Ctrl-C ends it
         server.wait(60)
     assert [p.name for p in tmp_path.iterdir()] == ["server.log"]
 
@@ -432,7 +446,8 @@ def test_scores_over_http_are_the_same(filled: Toy, tmp_path: Path) -> None:
     port, rollouts = free_port(), asked(filled)
     url = f"http://127.0.0.1:{port}"
     command = "models serve -m models:/toy-pairs@champion --env-manager local --host 127.0.0.1 --port"
-    with serving(sys.executable, "-m", "mlflow", *command.split(), str(port), cwd=tmp_path, ready=f"{url}/ping"):
+    env = {"MLFLOW_TRACKING_URI": registry.tracking_uri()}
+    with serving(sys.executable, "-m", "mlflow", *command.split(), str(port), cwd=tmp_path, ready=f"{url}/ping", env=env):
         table = rows(rollouts)
         split = {"columns": list(table), "data": table.to_numpy().tolist()}
         status, body = post(f"{url}/invocations", {"dataframe_split": split})

@@ -39,7 +39,7 @@ def is_right(numbers: tuple[int, ...], steps: tuple[str, ...]) -> bool:
 
 @pytest.mark.parametrize("world", WORLDS, ids=str)
 def test_the_value_of_a_prefix_is_how_often_it_ends_right(world: ToyWorld) -> None:
-    draws = 4_000
+    draws = 2_000
     errors = []
     for numbers in NUMBERS:
         whole = world.continue_steps(numbers, (), seed=1)
@@ -70,7 +70,7 @@ def next_steps(world: ToyWorld, numbers: tuple[int, ...], kept: tuple[str, ...])
     return {f"{written} and {numbers[n]} keep {kept_value}\n": chance for kept_value, chance in chances.items()}
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(some_world, some_index, some_seed, st.data())
 def test_the_value_now_is_the_mean_of_the_values_next(world: ToyWorld, index: int, seed: int, data: st.DataObject) -> None:
     numbers = world.problem(index)

@@ -78,8 +78,8 @@ def exact(answer: str, gold: str) -> bool | None:
 def numeric(answer: str, gold: str) -> bool | None:
     """The stated answer is the number of the gold answer.
 
-    Unknown where none is stated, where the gold answer is not one number, and where what is stated is not one number but has the gold
-    one in it. What is stated and has nothing of it is wrong.
+    Unknown where no number is stated, where the gold answer is not one number, and where what is stated is not one number but has the
+    gold one in it. Numbers of which none is the gold one are wrong.
 
     >>> numeric("A: 10 + x", "10"), numeric("A: 10 + x", "28")
     (None, False)
@@ -90,7 +90,8 @@ def numeric(answer: str, gold: str) -> bool | None:
         return None
     value = number(stated)
     if value is None:
-        return None if any(number(match.group()) == wanted for match in _FRACTION.finditer(stated)) else False
+        among = [number(match.group()) for match in _FRACTION.finditer(stated)]
+        return None if not among or wanted in among else False
     return value == wanted
 
 
