@@ -17,6 +17,7 @@ order: the defaults, the file, `--set`, the named options. Unknown names fail wi
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import importlib
@@ -63,7 +64,7 @@ def choose(table: Mapping[str, T], name: str, what: str) -> T:
     if colon:
         try:
             return getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
+        except (ImportError, AttributeError, ValueError, TypeError) as error:  # the last two: "" and "." are no modules
             raise SettingsError(f"{what}={name} cannot be imported: {error}", "is the module on PYTHONPATH?") from None
     raise SettingsError(f"{what}={name} is not known", suggest(name, list(table)) + "; or your own as module:name")
 
@@ -89,7 +90,7 @@ def resolve(cls: type[T], given: Mapping[str, Any], where: str = "") -> T:
     hints = get_type_hints(cls)
     for name in given:
         if name not in fields:
-            raise SettingsError(f"{where}{name} is not a setting", suggest(name, list(fields)))
+            raise SettingsError(f"{where}{name} is not a setting", suggest(str(name), list(fields)))
     missing = [n for n, f in fields.items() if n not in given and f.default is f.default_factory is dataclasses.MISSING]
     if missing:
         options = " ".join(f"--{where}{n.replace('_', '-')} ..." for n in missing)
@@ -129,7 +130,9 @@ def convert(kind: Any, value: Any, where: str) -> Any:
             raise SettingsError(f"{where}={value!r} is not one of the choices", suggest(str(value), [str(a) for a in get_args(kind)]))
         return value
     if origin is tuple:
-        parts = [p for p in value.split(",") if p] if isinstance(value, str) else list(value)
+        if value is None or isinstance(value, Mapping):
+            raise SettingsError(f"{where}={value!r} is not a list of values", f"write {where}=a,b")
+        parts = [p for p in value.split(",") if p] if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
         return tuple(convert(get_args(kind)[0], p, where) for p in parts)
     if kind is bool:
         words = {"true": True, "yes": True, "1": True, "on": True, "false": False, "no": False, "0": False, "off": False}
@@ -142,6 +145,9 @@ def convert(kind: Any, value: Any, where: str) -> Any:
         try:
             if isinstance(value, bool):
                 raise ValueError
+            if kind is int and isinstance(value, str):
+                with contextlib.suppress(ValueError):
+                    return int(value)  # exact, however long
             number = float(value)
             if kind is float:
                 return number
@@ -151,7 +157,7 @@ def convert(kind: Any, value: Any, where: str) -> Any:
         except (TypeError, ValueError, OverflowError):
             raise SettingsError(f"{where}={value!r} is not a {'whole ' if kind is int else ''}number") from None
     if kind is str:
-        if isinstance(value, Mapping | list):
+        if value is None or isinstance(value, Mapping | list):
             raise SettingsError(f"{where}={value!r} is not a text")
         return str(value)
     return value
@@ -327,7 +333,10 @@ def _typer_function(main: Callable[[Any], object], cls: type) -> tuple[Callable[
 
             print(yaml.safe_dump(as_dict(settings), sort_keys=False, allow_unicode=True), end="")
         else:
-            main(settings)
+            try:
+                main(settings)
+            except KeyboardInterrupt:  # before typer turns it into an exit without a word
+                raise Interrupted("nothing half-written is left behind; run the same command again") from None
 
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return run, nested
@@ -351,3 +360,8 @@ def guarded(app: Callable[[], Any]) -> None:
     except BrokenPipeError:  # the reader went away (`| head`), which is no error of ours
         sys.stderr.close()
         sys.exit(0)
+    except OSError as error:
+        if os.environ.get("RAYWARD_TRACEBACK") or error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}\n  -> check the path, its permissions and the space left", file=sys.stderr)
+        sys.exit(2)

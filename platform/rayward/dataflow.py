@@ -25,13 +25,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from rayward import cluster, formats, labels
+from rayward import cluster, errors, formats, labels
 from rayward.config import as_dict, choose
-from rayward.errors import DataError, RaywardError
+from rayward.errors import DataError, RaywardError, SettingsError, UserError
 from rayward.progress import Progress
 from rayward.records import REJECT_SCHEMA, ROLLOUT_SCHEMA, Rejected, Rollout, rejects_table, rollouts_table
 from rayward.splits import SIDES, Shares, side
 from rayward.storage import (
+    LEAVES,
     PART_BYTES,
     Counts,
     Dataset,
@@ -41,6 +42,7 @@ from rayward.storage import (
     part_count,
     part_of,
     publish,
+    read_manifest,
     schema_of,
     sibling,
     sort_rows,
@@ -67,8 +69,8 @@ class _Worker:
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         try:
             return {"done": json.dumps(self.work(json.loads(row["task"]))), "error": ""}
-        except DataError as error:  # the user's to mend: carried home as it is, not as a stack trace of a worker
-            return {"done": "", "error": json.dumps([error.what, error.way_out])}
+        except UserError as error:  # the user's to mend: carried home as it is, not as a stack trace of a worker
+            return {"done": "", "error": json.dumps([type(error).__name__, error.what, error.way_out])}
 
 
 def run(
@@ -93,7 +95,8 @@ def run(
         with cluster.connect():
             for row in _ray_rows(tasks, make, actors):
                 if row["error"]:
-                    raise DataError(*json.loads(row["error"]))
+                    kind, what, way_out = json.loads(row["error"])
+                    raise getattr(errors, kind)(what, way_out)
                 done.append(json.loads(row["done"]))
                 bar.advance()
     return done
@@ -164,7 +167,7 @@ class Recipe:
             return False
         manifests = [output / "manifest.json", *sorted(output.glob("*/manifest.json"))]
         for path in filter(Path.is_file, manifests):
-            manifest = Manifest.from_json(path.read_text(encoding="utf-8"))
+            manifest = read_manifest(path)
             if manifest.made_by == self.made_by and _same(manifest, self):
                 return True
         if output.is_dir() and not any(output.iterdir()):
@@ -177,10 +180,15 @@ def _same(manifest: Manifest, recipe: Recipe) -> bool:
 
     def content(value: Any) -> Any:
         if isinstance(value, Mapping):
-            return {k: content(v) for k, v in value.items() if k not in ("path", "source", "code_version")}
+            known_by_content = "digest" in value or "sha256" in value
+            left_out = ("path", "source", "code_version") if known_by_content else ("code_version",)
+            return {k: content(v) for k, v in value.items() if k not in left_out}
         return [content(v) for v in value] if isinstance(value, list | tuple) else value
 
-    ours, theirs = (recipe.content_settings(), recipe.inputs), (manifest.settings, manifest.inputs)
+    def settings(given: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in given.items() if name != "source"}  # the inputs say what it holds
+
+    ours, theirs = (settings(recipe.content_settings()), recipe.inputs), (settings(manifest.settings), manifest.inputs)
     return json.dumps(content(ours), sort_keys=True) == json.dumps(content(theirs), sort_keys=True)
 
 
@@ -208,6 +216,8 @@ def ingest(recipe: Recipe, tasks: Sequence[dict[str, Any]], produce: Produce, *,
     Two phases, each a map: every task lays its rollouts into the parts their prompts belong to, then every part is put together and
     sorted. So memory holds a chunk of a file or one part, whatever the size of the whole.
     """
+    if parts and (parts < 0 or LEAVES % parts):
+        raise SettingsError(f"parts={parts} is not a power of two up to {LEAVES}", "leave it out: 0 goes by size")
     if recipe.already_made():
         return _announce(open_dataset(recipe.output, "rollouts"))
     parts = parts or part_count(size)

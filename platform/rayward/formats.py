@@ -78,8 +78,12 @@ def parse(read: Format, row: RawRow | Unreadable) -> list[Rollout] | Rejected:
         reason = str(error)
     except RecursionError:
         reason = "broken JSON: nested too deeply"
-    raw = row.text.encode("utf-8", "backslashreplace").decode()
-    return Rejected(source=row.source, row=str(row.number), reason=reason, raw=raw)
+    return Rejected(source=row.source, row=str(row.number), reason=storable(reason), raw=storable(row.text))
+
+
+def storable(text: str) -> str:
+    """The text as far as UTF-8 can hold it: half a surrogate pair becomes its escape."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def decode(content: bytes | Mapping[str, Any]) -> Mapping[str, Any]:
@@ -97,6 +101,8 @@ def decode(content: bytes | Mapping[str, Any]) -> Mapping[str, Any]:
             raise BadRecord(f"broken JSON: {error.msg} at character {error.pos}") from None
         except ValueError as error:  # an integer of thousands of digits
             raise BadRecord(f"broken JSON: {error}") from None
+        except RecursionError:
+            raise BadRecord("broken JSON: nested too deeply") from None
     if not isinstance(content, Mapping):
         raise BadRecord(f"wrong type: the row is {type(content).__name__}, not an object with keys")
     return content
@@ -131,7 +137,9 @@ def as_messages(value: object, what: str) -> Prompt:
     for n, message in enumerate(value):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise BadRecord(f"wrong type: message {n} of {what} is not {{role, content}}")
-        messages.append(Message(message["role"], check_text(f"message {n} of {what}", message.get("content"))))
+        content = message.get("content")
+        blank = message["role"] == "system" and content == ""
+        messages.append(Message(message["role"], "" if blank else check_text(f"message {n} of {what}", content)))
     return tuple(messages)
 
 
@@ -329,6 +337,9 @@ def find_files(source: str) -> list[tuple[str, str]]:
         files = sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES) and not p.name.startswith("."))
         if not files:
             raise DataError(f"{source} holds no file that ends in {', '.join(SUFFIXES)}")
+        for file in files:
+            if not file.name.isprintable():
+                raise DataError(f"{str(file)!r} has a name that is not UTF-8", "rename the file")
         return [(str(p.relative_to(path)), str(p)) for p in files]
     if _HUB_NAME.fullmatch(source) and not source.startswith((".", "/")) and not path.parent.is_dir():
         return [(source, f"datasets:{source}")]
@@ -373,7 +384,9 @@ def read_rows(name: str, path: str) -> Iterator[RawRow | Unreadable]:
             for line in file:
                 number += 1
                 yield RawRow(name, number, line.rstrip(b"\r\n"))
-    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
+    except DataError:
+        raise
+    except (OSError, EOFError, zlib.error, pa.ArrowException, ValueError, OverflowError) as error:  # the last two: a value of a column
         yield Unreadable(name, number + 1, f"unreadable file: {type(error).__name__}: {error}; nothing after this row was read")
 
 

@@ -43,7 +43,8 @@ def stated_answer(answer: str) -> str | None:
     return found[1].strip().rstrip(".").strip()
 
 
-_NUMBER = r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
+LONGEST = 1000  # characters of a stated number; an exponent has three digits at most, so nothing takes long to compare
+_NUMBER = r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3}(?!\d))?"
 _FRACTION = re.compile(rf"\\[dt]?frac\s*\{{\s*({_NUMBER})\s*\}}\s*\{{\s*({_NUMBER})\s*\}}|({_NUMBER})\s*/\s*({_NUMBER})|({_NUMBER})")
 _OPERATORS = re.compile(r"[\d=^*/+]|(?<!\w)-(?!\w)")
 
@@ -54,9 +55,11 @@ def number(text: str) -> Fraction | None:
     >>> number("$1,234.50"), number("18 eggs"), number("\\\\frac{1}{2}"), number("-3"), number("x"), number("3 or 4"), number("2x + 1")
     (Fraction(2469, 2), Fraction(18, 1), Fraction(1, 2), Fraction(-3, 1), None, None, None)
     """
-    text = text.replace("\N{MINUS SIGN}", "-").replace("\\$", "").replace("$", "").replace("\\%", "").replace("\\,", "")
+    for mark in ("\\$", "$", "\\%", "\\,", "**", "`"):
+        text = text.replace(mark, "")
+    text = text.replace("\N{MINUS SIGN}", "-")
     found = list(_FRACTION.finditer(text))
-    if len(found) != 1:
+    if len(found) != 1 or len(text) > LONGEST:
         return None
     match = found[0]
     around = text[: match.start()] + " " + text[match.end() :]

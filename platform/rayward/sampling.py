@@ -19,7 +19,7 @@ from rayward.dataflow import Recipe
 from rayward.errors import DataError
 from rayward.formats import Unreadable, as_prompt, decode, find_files, key, read_rows
 from rayward.grading import GRADERS, check_gold
-from rayward.policies import Policy, Request, make_policy
+from rayward.policies import POLICIES, Policy, Request, make_policy
 from rayward.records import BadRecord, Message, Prompt, Rejected, Rollout, check_text
 from rayward.storage import Dataset
 from rayward.toy_world import ToyWorld, seed_of
@@ -43,10 +43,13 @@ class SampleSettings:
         if self.answers < 1 or self.continuations < 1 or not 0 <= self.continued <= self.answers:
             raise ValueError(f"answers={self.answers}, continued={self.continued}, continuations={self.continuations} do not go together")
         choose(GRADERS, self.grader, "grader")
+        choose(POLICIES, self.policy, "policy")
         try:
-            json.loads(self.policy_settings)
+            settings = json.loads(self.policy_settings)
         except ValueError as error:
             raise ValueError(f"policy_settings={self.policy_settings!r} is not JSON: {error}") from None
+        if not isinstance(settings, dict):
+            raise ValueError(f"policy_settings={self.policy_settings!r} is not a JSON object of settings")
 
 
 @dataclass(frozen=True)

@@ -168,6 +168,8 @@ def leaf_digests(table: pa.Table) -> dict[str, str]:
     for start, end in pairwise(starts):
         digest = hashlib.blake2b(digest_size=16)
         for name in table.column_names:
+            if name == "provenance":  # where a row stood is no part of what it is
+                continue
             digest.update(name.encode() + b"\0")
             _update(digest, pa.concat_arrays(table[name].slice(start, end - start).chunks))
         digests[leaves[start]] = digest.hexdigest()
@@ -177,7 +179,8 @@ def leaf_digests(table: pa.Table) -> dict[str, str]:
 def _update(digest: Any, array: pa.Array) -> None:
     """Feed an array's values, and nothing of how Arrow happens to lay them out."""
     kind = array.type
-    digest.update(f"{kind}:{len(array)}:{array.null_count};".encode())
+    name = type(array).__name__ if pa.types.is_nested(kind) else kind  # a nested type names its parts, and Parquet renames them
+    digest.update(f"{name}:{len(array)}:{array.null_count};".encode())
     if array.null_count:
         digest.update(pc.is_null(array).cast(pa.uint8()).to_numpy().tobytes())
     if pa.types.is_map(kind):
@@ -257,6 +260,14 @@ def schema_of(kind: str) -> pa.Schema:
     return {"rollouts": ROLLOUT_SCHEMA, "examples": EXAMPLE_SCHEMA, "scores": scores}[kind]
 
 
+def read_manifest(path: Path) -> Manifest:
+    """The manifest in a file, or DataError."""
+    try:
+        return Manifest.from_json(path.read_text(encoding="utf-8"))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DataError(f"{path} cannot be read: {error}", "build the dataset again") from None
+
+
 def open_dataset(path: str | Path, kind: str | None = None) -> Dataset:
     """A dataset that a Rayward pipeline wrote, or DataError with the way out."""
     path = Path(path)
@@ -271,10 +282,7 @@ def open_dataset(path: str | Path, kind: str | None = None) -> Dataset:
             f"{path} is not a dataset of Rayward: it has no manifest.json",
             "bring your file in with  rayward run import_rollouts --format F --source FILE --output DIR",
         )
-    try:
-        manifest = Manifest.from_json(manifest_path.read_text(encoding="utf-8"))
-    except (ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{manifest_path} cannot be read: {error}", "build the dataset again") from None
+    manifest = read_manifest(manifest_path)
     if kind is not None and manifest.kind != kind:
         raise DataError(
             f"{path} holds {manifest.kind} (made by {manifest.made_by}), not {kind}",
@@ -283,7 +291,11 @@ def open_dataset(path: str | Path, kind: str | None = None) -> Dataset:
                 "rollouts": "give the folder of rollouts that import_rollouts or sample_rollouts wrote",
             }.get(kind, ""),
         )
-    return Dataset(path, manifest)
+    dataset = Dataset(path, manifest)
+    whole = int(dataset.parts[0].stem.rpartition("-")[2]) if dataset.parts else 0
+    if len(dataset.parts) != whole:
+        raise DataError(f"{path} has {len(dataset.parts)} of {whole} parts", "build the dataset again")
+    return dataset
 
 
 def sibling(path: Path, suffix: str) -> Path:
@@ -315,4 +327,6 @@ def publish(stage: Path, output: Path) -> None:
     if output.exists():
         os.rename(output, old)
     os.rename(stage, output)
+    if old.is_file():
+        old.unlink()
     shutil.rmtree(old, ignore_errors=True)
