@@ -71,7 +71,7 @@ def label(settings: Settings, output: Path) -> dict[str, Dataset]:
     def sampled(name: str, problems: str, sample: SampleSettings) -> Dataset:
         return sampling.sample(recipe("sample_rollouts", name, {"problems": problems, "sample": sample}), problems, sample)
 
-    say("1. A policy answers problems; the answers are graded and labeled on Ray Data")
+    print("\n1. A policy answers problems; the answers are graded and labeled on Ray Data", file=sys.stderr)
     made = {}
     with nullcontext() if settings.engine == "local" or (output / "steps").is_dir() else cluster.connect():
         answers = sampled("answers", f"toy:{settings.problems}", SampleSettings(answers=8))
@@ -85,7 +85,7 @@ def label(settings: Settings, output: Path) -> dict[str, Dataset]:
 
 def train_and_judge(kind: str, examples: Dataset, output: Path) -> Story:
     """One kind of label: train, evaluate on unseen problems, register, promote."""
-    say(f"{2 + list(SUITE).index(kind)}. A reward model from {kind}")
+    print(f"\n{2 + list(SUITE).index(kind)}. A reward model from {kind}", file=sys.stderr)
     folder = output / f"{kind}-model"
     fit = FitSettings(
         examples=str(examples.path),
@@ -109,11 +109,6 @@ def train_and_judge(kind: str, examples: Dataset, output: Path) -> Story:
         version = registry.register(run, fitted.model, f"toy-{kind}", {**fitted.tags, **report.headline})
     registry.promote(f"toy-{kind}", version)
     return Story(kind, examples, fitted, report, version)
-
-
-def say(what: str) -> None:
-    """A headline between the progress bars."""
-    print(f"\n{what}", file=sys.stderr, flush=True)
 
 
 def show(stories: list[Story], output: Path) -> None:

@@ -42,10 +42,10 @@ class Said(NamedTuple):
         return self.err
 
 
-def rayward(*words: str, cwd: Path, env: Mapping[str, str] | None = None) -> Said:
+def rayward(*words: str, cwd: Path, env: Mapping[str, str] | None = None, timeout: float = 240) -> Said:
     """The `rayward` command in a process of its own."""
     done = subprocess.run(
-        [RAYWARD, *words], cwd=cwd, env={**os.environ, **(env or {})}, capture_output=True, text=True, encoding="utf-8", timeout=240
+        [RAYWARD, *words], cwd=cwd, env={**os.environ, **(env or {})}, capture_output=True, text=True, encoding="utf-8", timeout=timeout
     )
     return Said(done.returncode, done.stdout, done.stderr)
 

@@ -72,14 +72,28 @@ def steps(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("step-*") if (p / "state.json").is_file())
 
 
+def read_state(path: Path) -> dict[str, Any]:
+    """The state.json of a checkpoint."""
+    try:
+        return json.loads((path / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> DataError:
+    if isinstance(error, DataError):
+        return error
+    return DataError(f"checkpoint {path} cannot be read: {error}", "delete that folder; the run goes on from the one before")
+
+
 def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
     """Put a checkpoint into a model and an optimizer; returns its state.json."""
     try:
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        state = read_state(path)
         weights = load_file(path / "model.safetensors")
         entries = load_file(path / "optimizer.safetensors") if optimizer is not None else {}
-    except Exception as error:  # safetensors raises its own kind, json another, the disk a third
-        raise DataError(f"checkpoint {path} cannot be read: {error}", "delete that folder; the run goes on from the one before") from error
+    except Exception as error:  # safetensors raises its own kind, the disk another
+        raise _damaged(path, error) from error
     unexpected = model.load_state_dict(weights, strict=False).unexpected_keys
     assert not unexpected, f"{path} holds weights this model has no place for: {unexpected[:3]}"
     if optimizer is not None:

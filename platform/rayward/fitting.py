@@ -134,6 +134,11 @@ def fit(settings: FitSettings, output: str, workers: int = 1, report: Report = l
     loaded = _prepare(folder, settings, sides)
     train_groups, held = Groups(folder / "groups" / "train"), _held_groups(folder)
     _check_targets(settings.objective, objective, train_groups)
+    if loaded.model.pooling != "last" and train_groups.has_steps():
+        raise SettingsError(
+            f"pooling={loaded.model.pooling} gives one score to a whole answer, and these examples have a target for every step",
+            "use a decoder (with --set net.pooling=last)",
+        )
     if workers == 1:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if "OMP_NUM_THREADS" not in os.environ:  # the user's word comes first
@@ -199,7 +204,11 @@ def _claim(folder: Path, settings: FitSettings, sides: Sides) -> None:
     path = folder / "settings.json"
     if path.exists():
         theirs = json.loads(path.read_text(encoding="utf-8"))
-        if theirs != mine:
+        if theirs != mine and not checkpoints.steps(folder / "run"):  # it never took a step: nothing is lost
+            for made in ("start", "groups", "run"):
+                shutil.rmtree(folder / made, ignore_errors=True)
+            (folder / TRACKING).unlink(missing_ok=True)
+        elif theirs != mine:
             before, now = flatten(theirs), flatten(mine)
             changed = [f"{n}: {before.get(n)} -> {now.get(n)}" for n in sorted(before.keys() | now.keys()) if before.get(n) != now.get(n)]
             raise SettingsError(
@@ -235,7 +244,7 @@ def _prepare(folder: Path, settings: FitSettings, sides: Sides) -> Loaded:
         renderer = Renderer(loaded.tokenizer, settings.render)
         rejects = write_groups(folder / "groups" / "train", sides.tables("train"), renderer)
         if any(table.num_rows for table in sides.tables("validation")):
-            rejects += write_groups(folder / "groups" / "validation", sides.tables("validation"), renderer)
+            rejects += write_groups(folder / "groups" / "validation", sides.tables("validation"), renderer, "validation example")
         pq.write_table(rejects_table(rejects), ready)
     reasons = Counter(r.partition(":")[0] for r in pq.read_table(ready)["reason"].to_pylist())
     if reasons:
@@ -276,7 +285,7 @@ def _run(folder: Path, settings: FitSettings, loaded_model: Any, report: Report,
 def _train_here(folder: Path, settings: FitSettings, model: Any, report: Report) -> None:
     run = _run(folder, settings, model, lambda line: None, Team())
     kept = checkpoints.steps(run.folder)
-    begun = json.loads((kept[-1] / "state.json").read_text(encoding="utf-8"))["step"] if kept else 0
+    begun = checkpoints.read_state(kept[-1])["step"] if kept else 0
     with Progress("train", total=run.total, unit="steps", start=begun) as bar:
         if begun:
             print(f"going on from step {begun} of {run.total}")
@@ -300,6 +309,9 @@ def _telling(bar: Progress, report: Report) -> Report:
 
 def _train_on_workers(folder: Path, settings: FitSettings, workers: int, report: Report) -> None:
     """A TorchTrainer group whose workers read and write OUTPUT; this process shows the progress and passes the metrics on."""
+    total, kept = _run(folder, settings, None, report, Team()).total, checkpoints.steps(folder / "run")
+    if kept and checkpoints.read_state(kept[-1])["step"] == total:
+        return
     with cluster.connect() as ray:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
@@ -401,16 +413,22 @@ def _load_kept(folder: Path, settings: FitSettings, loaded: Loaded) -> dict[str,
 
 
 def _temperature(loaded: Loaded, held: Groups, objective: Objective, settings: FitSettings) -> float:
-    """The temperature that calibrates the scores (or their differences) on the validation side."""
+    """The temperature that calibrates the scores (or their differences) on the validation side.
+
+    Targets are drawn in as if one more had been right and one wrong (Platt 1999, section 2.2): a few that are all right are no reason
+    to be certain of everything.
+    """
     groups = [held[n] for n in range(len(held))]
     scores = score_groups(loaded.model, groups, settings.batch, settings.train.precision)
     if objective.probabilities:
-        return metrics.fit_temperature(np.concatenate(scores), np.concatenate([g.target_K for g in groups]))
-    gaps = [
-        s[i] - s[j]
-        for s, g in zip(scores, groups, strict=True)
-        for i in range(len(s))
-        for j in range(len(s))
-        if g.target_K[i] > g.target_K[j]
-    ]
-    return metrics.fit_temperature(np.array(gaps), np.ones(len(gaps)))
+        logit, target = np.concatenate(scores), np.concatenate([g.target_K for g in groups])
+    else:
+        gaps = [
+            s[i] - s[j]
+            for s, g in zip(scores, groups, strict=True)
+            for i in range(len(s))
+            for j in range(len(s))
+            if g.target_K[i] > g.target_K[j]
+        ]
+        logit, target = np.array(gaps), np.ones(len(gaps))
+    return metrics.fit_temperature(logit, (target * len(target) + 1) / (len(target) + 2))

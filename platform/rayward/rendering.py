@@ -259,6 +259,10 @@ class Groups:
         batch = int(np.searchsorted(self._starts, n, side="right")) - 1
         return self._batches[batch].group(n - int(self._starts[batch]))
 
+    def has_steps(self) -> bool:
+        """Whether some answer has more places than its end."""
+        return any(len(self[n].place_K) > self[n].answers for n in range(len(self)))
+
     def has_order(self) -> bool:
         """Whether some example has two different targets, which is what comparing objectives learn from."""
         return any(np.ptp(self[n].target_K) > 0 for n in range(len(self)))
@@ -284,7 +288,7 @@ class _Columns:
         return Group(**parts, weight=float(self.weight[n]))
 
 
-def write_groups(folder: Path, tables: Iterable[pa.Table], renderer: Renderer) -> list[Rejected]:
+def write_groups(folder: Path, tables: Iterable[pa.Table], renderer: Renderer, what: str = "example") -> list[Rejected]:
     """Render tables of examples into `folder`; returns what did not become a group."""
     folder.mkdir(parents=True, exist_ok=True)
     rejects: list[Rejected] = []
@@ -305,7 +309,7 @@ def write_groups(folder: Path, tables: Iterable[pa.Table], renderer: Renderer) -
     if not written:
         reasons = ", ".join(sorted({r.category for r in rejects})) or "there were none"
         raise DataError(
-            f"no example could be rendered ({reasons})",
+            f"no {what} could be rendered ({reasons})",
             "if they are too long: --set render.max_length=... or render.too_long=cut_prompt",
         )
     return rejects

@@ -75,12 +75,15 @@ class RewardModel(nn.Module):
                 "pooling=last reads a token that has seen what comes after it: this body is not causal",
                 "use --set net.pooling=mean or own",
             )
+        if self.pooling == "own" and seen.causal and isinstance(self.head, nn.Linear):
+            raise ModelError("pooling=own would look for the last token that is not padding, by its id", "use --set net.pooling=last")
         self.shares_prefix = self.traits.shares_prefix and self.pooling == "last"
         if self.pooling != "own" and not isinstance(self.head, nn.Linear):
             raise ModelError(
                 f"pooling={self.pooling} needs a linear head, and {type(classifier).__name__} has a {type(self.head).__name__}",
                 "use --set net.pooling=own",
             )
+        self.train(classifier.training)
 
     @property
     def head(self) -> Any:
@@ -140,10 +143,11 @@ def score_groups(
     """The scores of every group, one per place, in order."""
     scores: list[np.ndarray] = [np.empty(0)] * len(groups)
     with model.evaluating(), autocast(model.device, precision):
-        for numbers, batch in micro_batches(groups, settings, model.shares_prefix):
-            score_GK = model(batch.to(model.device)).cpu().numpy()
-            for n, score_K in zip(numbers, score_GK, strict=True):
-                scores[n] = score_K[: len(groups[n].place_K)]
+        for start in range(0, len(groups), 1024):  # packing looks at every row for every group
+            for numbers, batch in micro_batches(groups[start : start + 1024], settings, model.shares_prefix):
+                score_GK = model(batch.to(model.device)).cpu().numpy()
+                for n, score_K in zip(numbers, score_GK, strict=True):
+                    scores[start + n] = score_K[: len(groups[start + n].place_K)]
     return scores
 
 
@@ -173,9 +177,12 @@ def _inputs(module: Any, batch: Batch, *, packed: bool) -> dict[str, Tensor | bo
 
 
 def _sliding_window(config: Any) -> int | None:
-    """The width of a sliding attention window, which a 4-D mask would take away."""
-    window = getattr(config, "sliding_window", None)
-    return window if window and getattr(config, "use_sliding_window", None) is not False else None
+    """The width of a local attention window, which a 4-D mask would take away; `examine` looks at too few tokens to see a wide one."""
+    names = ("sliding_window", "window_size", "attention_window_size", "attention_chunk_size", "local_attention_window")
+    windows = [getattr(config, name, None) for name in names]
+    if getattr(config, "use_sliding_window", None) is False:
+        windows[0] = None
+    return min((w for w in windows if isinstance(w, int) and w > 0), default=None)
 
 
 @torch.no_grad()
@@ -213,6 +220,8 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 # --------------------------------------------------------------------------------------------------------- load and save
 
+HEADS = ("score", "classifier")  # what Hugging Face calls the last layer
+
 
 class Loaded(NamedTuple):
     """A model with its tokenizer and the `rayward` entry of its config."""
@@ -239,18 +248,24 @@ def load_model(path: str, settings: ModelSettings, max_length: int = 0) -> Loade
             "give a folder with config.json, model.safetensors and a tokenizer, a name on the hub, models:/NAME@ALIAS, or tiny",
         ) from None
     missing = sorted(n for n in info["missing_keys"] if not n.endswith("position_ids"))
-    if missing and not settings.new_head:
+    head = [n for n in missing if n.split(".")[0] in HEADS]
+    holes = [n for n in missing if n not in head and "pooler" not in n]
+    if holes or (missing and not settings.new_head):
+        lacking = holes or missing
         raise ModelError(
-            f"--model {path} lacks weights for {', '.join(missing[:4])}{' ...' if len(missing) > 4 else ''}",
-            "if it is a base model and is to get a fresh head, say --set net.new_head=true",
+            f"--model {path} lacks weights for {', '.join(lacking[:4])}{' ...' if len(lacking) > 4 else ''}",
+            "the body is not whole: save it again"
+            if holes
+            else "if it is a base model and is to get a fresh head, say --set net.new_head=true",
         )
     notes = dict(getattr(classifier.config, "rayward", None) or {})
     pooling = settings.pooling if settings.pooling != "auto" else notes.get("pooling") or "auto"
-    if settings.new_head and missing:
+    if head:
         _fresh_head(classifier)
     _with_padding(classifier, tokenizer)
     if not settings.dropout:
         _without_dropout(classifier)
+    max_length = max_length or (notes.get("render") or {}).get("max_length") or 0
     return Loaded(RewardModel(classifier, pooling, max_length), tokenizer, notes)
 
 
@@ -264,7 +279,7 @@ def _quiet() -> None:
 
 def _fresh_head(classifier: Any) -> None:
     """Normal with standard deviation 1/sqrt(d+1), bias 0 (Stiennon et al. 2020, appendix B.1)."""
-    for name in ("score", "classifier"):
+    for name in HEADS:
         head = getattr(classifier, name, None)
         if isinstance(head, nn.Linear):
             nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
@@ -273,10 +288,13 @@ def _fresh_head(classifier: Any) -> None:
 
 
 def _with_padding(classifier: Any, tokenizer: Any) -> None:
-    """Tell the plain Hugging Face class what padding is; our own scores never depend on it."""
-    if classifier.config.pad_token_id is None:
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        classifier.config.pad_token_id = pad
+    """Tell the plain Hugging Face class what padding is; our own scores never depend on it.
+
+    Where padding and end of text are one token it is told of none: it would skip the end of every text. It then takes one text at a
+    time, and reads the token that we read.
+    """
+    pad = classifier.config.pad_token_id if classifier.config.pad_token_id is not None else tokenizer.pad_token_id
+    classifier.config.pad_token_id = None if pad == tokenizer.eos_token_id else pad
 
 
 def _without_dropout(classifier: nn.Module) -> None:

@@ -48,7 +48,7 @@ class TrainSettings:
     checkpoint_every: int = 0  # steps (0: ten times a run, at least 20 steps apart)
     log_every: int = 10  # steps
     best_by: Literal["loss", "accuracy", "last"] = "loss"  # which validated weights are kept; last: those of the last step
-    seed: int = 0
+    seed: int = 0  # another seed is another order of the examples, another fresh head, another dropout
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.lr <= 0 or self.clip <= 0 or not 0 <= self.warmup < 1 or self.log_every < 1:
@@ -163,6 +163,7 @@ def train(run: Run) -> dict[str, Any]:
     checkpoint_every = run.every(settings.checkpoint_every, 10, least=20)
     lines = _Lines(run, state["step"])
     tally = _Tally()
+    carried = {name: Mean(*pair) for name, pair in (state.pop("since_last_line", None) or {}).items()}  # what the next line also covers
     steps_of: tuple[int, list[Any]] = (-1, [])
     model.train()
     with _stop_on_signal() as stop:
@@ -174,11 +175,12 @@ def train(run: Run) -> dict[str, Any]:
             _step(run, optimizer, parameters, step, steps_of[1][at], tally)
             done = step + 1
             last = done == total
+            keep = done % checkpoint_every == 0 or last or stop.is_set()
+            if keep or done % settings.log_every == 0:
+                carried = _add(carried, team.sum(tally.drain(run.objective, team), model.device))
             if done % settings.log_every == 0 or last:
-                lines.write(
-                    done,
-                    {**_values(team.sum(tally.drain(run.objective, team), model.device)), "lr": settings.lr_at(step, total)},
-                )
+                lines.write(done, {**_values(carried), "lr": settings.lr_at(step, total)})
+                carried = {}
             if run.validation is not None and (done % validate_every == 0 or last):
                 paused = time.monotonic()
                 values = validate(run)
@@ -189,9 +191,11 @@ def train(run: Run) -> dict[str, Any]:
                     if team.rank == 0:
                         checkpoints.save(run.folder, "best", model.classifier, None, state["best"])
             state["step"] = done
-            if team.rank == 0 and (done % checkpoint_every == 0 or last or stop.is_set()):
-                checkpoints.save(run.folder, f"step-{done:08d}", model.classifier, optimizer, state)
-            if stop.is_set() and not last:
+            if team.rank == 0 and keep:
+                pending = {name: [mean.total, mean.weight] for name, mean in carried.items()}
+                whole = {**state, "since_last_line": pending}
+                checkpoints.save(run.folder, f"step-{done:08d}", model.classifier, optimizer, whole)
+            if keep and stop.is_set() and not last:
                 raise Interrupted(f"step {done} of {total} is kept in {run.folder}; the same command goes on from there")
     return state
 
@@ -248,6 +252,10 @@ def validate(run: Run) -> dict[str, float]:
                 loss += Mean(float((loss_G * batch.weight_G).sum()), float(batch.weight_G.sum()))
                 right += run.objective.accuracy(*(t.cpu().numpy() for t in (score_GK, batch.target_GK, batch.mask_GK)))
     return _values(run.team.sum({"loss": loss, "accuracy": right}, model.device))
+
+
+def _add(a: dict[str, Mean], b: dict[str, Mean]) -> dict[str, Mean]:
+    return {name: (a.get(name) or Mean()) + mean for name, mean in b.items()}
 
 
 def _values(means: dict[str, Mean]) -> dict[str, float]:
