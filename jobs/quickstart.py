@@ -102,7 +102,7 @@ def train_and_judge(kind: str, examples: Dataset, output: Path) -> Story:
         fitted = fitting.fit(fit, str(folder), report=run.metrics)
         suite = SUITE[kind]
         scorer = Scorer.load(fitted.model)
-        report, rows = evaluation.evaluate(suites.SUITES[suite](), scorer.try_score, f"{suite}: unseen problems", str(fitted.model))
+        report, rows = evaluation.evaluate(suites.SUITES[suite](), scorer.try_score, f"{suite}: unseen problems", f"toy-{kind}")
         page = evaluation.write_report(str(output / f"{kind}-report"), report, rows) / "report.html"
         run.summary(report.headline)
         run.artifact(page)

@@ -427,6 +427,7 @@ def post(url: str, body: Any) -> tuple[int, str]:
         return error.code, error.read().decode()
 
 
+@pytest.mark.slow  # four server processes, each importing MLflow
 def test_the_ui_shows_the_store(filled: Toy, tmp_path: Path) -> None:
     port = free_port()
     url = f"http://127.0.0.1:{port}"
