@@ -32,6 +32,7 @@ def main(settings: Settings) -> Report:
     """Score the examples, judge the scores, write the report, log it."""
     if bool(settings.examples) == bool(settings.suite):
         raise SettingsError("give either --examples or --suite", f"suites: {', '.join(suites.SUITES)}")
+    evaluation.check_output(settings.output)
     if settings.examples:
         dataset = open_dataset(settings.examples, "examples")
         examples, name = examples_of(dataset.table()), str(dataset.path)
@@ -48,8 +49,9 @@ def main(settings: Settings) -> Report:
             run.artifact(folder / file)
         if settings.model.startswith("models:/"):
             row = registry.find(settings.model)
-            found = {f"{name}: {n}": f"{v:.4f}" for n, v in report.headline.items()}
-            registry.tag(row["name"], row["version"], {**found, f"{name}: run": run.id})
+            short = f"{dataset.path.name} {dataset.manifest.digest[:8]}" if dataset else settings.suite
+            found = {f"{short} {n}": f"{v:.4f}" for n, v in report.headline.items()}
+            registry.tag(row["name"], row["version"], {**found, f"{short} run": run.id})
     for number, value in report.headline.items():
         print(f"{number:<24} {value:.4f}")
     print(f"report: {folder / 'report.html'}")

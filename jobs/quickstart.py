@@ -56,7 +56,8 @@ def main(settings: Settings) -> None:
     """Three kinds of labels, three models, one table."""
     output = Path(settings.output)
     if settings.overwrite:
-        shutil.rmtree(output, ignore_errors=True)
+        for name in ("answers", "stepwise", *SUITE, *(f"{k}-{what}" for k in SUITE for what in ("model", "report"))):
+            shutil.rmtree(output / name, ignore_errors=True)
     made = label(settings, output)
     stories = [train_and_judge(kind, examples, output) for kind, examples in made.items()]
     show(stories, output)

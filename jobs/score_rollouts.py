@@ -25,6 +25,10 @@ class Settings:
     engine: Engine = "auto"  # where the work runs
     overwrite: bool = False  # replace what OUTPUT holds
 
+    def __post_init__(self) -> None:
+        if self.actors < 1:
+            raise ValueError(f"actors={self.actors} must be at least 1")
+
 
 def main(settings: Settings) -> Dataset:
     """Score every part of the rollouts."""

@@ -48,10 +48,11 @@ def main(settings: Settings) -> Fitted:
         train=settings.train,
         validation_share=settings.validation_share,
     )
-    dataset = fitting.open_sides(settings.examples, settings.validation_share).dataset
+    registry.check_name(settings.register)
+    prepared = fitting.prepare(fit, settings.output, settings.workers)
     with registry.run("train_reward_model", as_dict(settings), keep=Path(settings.output) / fitting.TRACKING) as run:
-        run.dataset(dataset, "training")
-        fitted = fitting.fit(fit, settings.output, settings.workers, run.metrics)
+        run.dataset(prepared.sides.dataset, "training")
+        fitted = prepared.train(run.metrics)
         run.summary({**{f"best_{n}": v for n, v in fitted.metrics.items()}, "temperature": fitted.notes["temperature"]})
         print(f"model: {fitted.model}    trained on {fitted.examples['train']:,} examples, validated on {fitted.examples['validation']:,}")
         if settings.register:

@@ -160,8 +160,8 @@ def list_models(as_json: Annotated[bool, typer.Option("--json", help="one JSON a
             (tags.get("data_digest") or "")[:12],
             row["created"],
         )
-    console = Console()
-    console.print(table, width=max(console.width, 120) if not console.is_terminal else None)
+    width = Console().width
+    Console(width=width if sys.stdout.isatty() else max(width, 160)).print(table)
 
 
 @models_app.command("show")

@@ -23,6 +23,7 @@ import difflib
 import importlib
 import inspect
 import io
+import json
 import os
 import sys
 import tokenize
@@ -157,7 +158,9 @@ def convert(kind: Any, value: Any, where: str) -> Any:
         except (TypeError, ValueError, OverflowError):
             raise SettingsError(f"{where}={value!r} is not a {'whole ' if kind is int else ''}number") from None
     if kind is str:
-        if value is None or isinstance(value, Mapping | list):
+        if isinstance(value, Mapping):  # `--set` read JSON as YAML; the setting wants the text
+            return json.dumps(value)
+        if value is None or isinstance(value, list):
             raise SettingsError(f"{where}={value!r} is not a text")
         return str(value)
     return value
@@ -242,9 +245,11 @@ def read_file(path: str) -> dict[str, Any]:
         with open(path, encoding="utf-8") as file:
             content = yaml.safe_load(file) or {}
     except OSError as error:
-        raise SettingsError(f"--config {path} cannot be read: {error.strerror}") from None
+        raise SettingsError(f"--config {path} cannot be read: {error.strerror}", "give a file of `name: value` lines") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SettingsError(f"--config {path} is not YAML: {error}") from None
+        raise SettingsError(
+            f"--config {path} is not YAML: {error}", "write one `name: value` a line; --dry-run prints such a file"
+        ) from None
     if not isinstance(content, dict):
         raise SettingsError(f"--config {path} holds a {type(content).__name__}", "write one `name: value` a line")
     return content

@@ -230,7 +230,7 @@ def ingest(recipe: Recipe, tasks: Sequence[dict[str, Any]], produce: Produce, *,
         join = partial(_join_part, stage=str(stage), parts=parts)
         joined = run([{"part": p} for p in range(parts)], lambda: join, what="sort", unit="parts", engine=recipe.engine, size=size)
         counts = sum((Counts(0, d["used"], d["rejected"], d["out"], d["leaves"]) for d in joined), counts)
-        shutil.rmtree(stage / "laid-out")
+        shutil.rmtree(stage / "laid-out", ignore_errors=True)
         (stage / "manifest.json").write_text(recipe.manifest("rollouts", counts).to_json(), encoding="utf-8")
         publish(stage, Path(recipe.output))
     finally:

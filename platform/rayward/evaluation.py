@@ -26,6 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rayward import metrics
+from rayward.errors import DataError
 from rayward.records import Example, Rejected, prompt_id
 from rayward.storage import publish, sibling
 
@@ -85,6 +86,7 @@ def evaluate(
             "targets": pa.array([list(e.targets) for e, _ in kept], pa.list_(pa.float64())),
             "scores": pa.array([list(s) for _, s in kept], pa.list_(pa.float64())),
             "characters": pa.array([[len("".join(a)) for a in e.answers] for e, _ in kept], pa.list_(pa.int64())),
+            "segments": pa.array([[len(a) for a in e.answers] for e, _ in kept], pa.list_(pa.int64())),  # of each answer
             "weight": [e.weight for e, _ in kept],
         }
     )
@@ -125,8 +127,8 @@ def judge(examples: Sequence[Example], scores: metrics.Scores) -> Report:
 
 def _has_probabilities(example: Example) -> bool:
     """Segments with chances as targets: the steps of a process, or outcomes."""
-    several = any(len(a) > 1 for a in example.answers) or example.id.startswith("outcomes@")
-    return several and all(0 <= t <= 1 for t in example.targets)
+    alone = len(example.answers) == 1 or any(len(a) > 1 for a in example.answers) or example.id.startswith("outcomes@")
+    return alone and all(0 <= t <= 1 for t in example.targets)
 
 
 # ---------------------------------------------------------------------------------------------------------------- the order
@@ -212,7 +214,7 @@ def _segments(examples: Sequence[Example], scores: metrics.Scores) -> dict[str, 
     found: dict[str, Any] = {
         "segments": len(logit),
         "accuracy": _with_interval(prompts, right.astype(float), decided.astype(float)),
-        "balanced_accuracy": float(np.mean([right[m].mean() for m in (target > 0.5, target < 0.5) if m.any()])),
+        "balanced_accuracy": float(np.mean([right[m].mean() for m in (target > 0.5, target < 0.5) if m.any()] or [np.nan])),
         "majority_baseline": float(max((target > 0.5).sum(), (target < 0.5).sum()) / max(1, decided.sum())),
         "nll": metrics.log_loss(logit, target),
         "brier": metrics.brier(logit, target),
@@ -371,14 +373,27 @@ def _segment_plots(examples: Sequence[Example], scores: metrics.Scores) -> dict[
 
 def write_report(output: str, report: Report, rows: pa.Table) -> Path:
     """OUTPUT/report.json, report.html and scores.parquet, whole or not at all; a report that stood there is replaced."""
-    folder = Path(output)
+    folder = check_output(output)
     stage = sibling(folder, "partial")
     shutil.rmtree(stage, ignore_errors=True)
     stage.mkdir(parents=True)
-    (stage / "report.json").write_text(json.dumps(_no_nan(report.numbers), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    (stage / "report.html").write_text(to_html(report), encoding="utf-8")
-    pq.write_table(rows, stage / "scores.parquet")
-    publish(stage, folder)
+    try:
+        (stage / "report.json").write_text(json.dumps(_no_nan(report.numbers), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (stage / "report.html").write_text(to_html(report), encoding="utf-8")
+        pq.write_table(rows, stage / "scores.parquet")
+        publish(stage, folder)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+    return folder
+
+
+def check_output(output: str) -> Path:
+    """The folder of a report: one that is not there yet, is empty, or holds a report that may be replaced; else a DataError."""
+    folder = Path(output)
+    sibling(folder, "partial")
+    taken = folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / "report.json").is_file())
+    if taken:
+        raise DataError(f"{folder} already holds something else", "choose another --output")
     return folder
 
 

@@ -64,6 +64,10 @@ class FitSettings:
     train: TrainSettings
     validation_share: float  # share of prompts held out where the examples have no validation side
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.validation_share < 1:
+            raise SettingsError(f"validation_share={self.validation_share} is not a share", "give 0 (no validation) to 0.5")
+
 
 @dataclass(frozen=True)
 class Sides:
@@ -124,48 +128,75 @@ class Fitted:
     tags: dict[str, Any]  # what a registered version says of where it came from
 
 
-def fit(settings: FitSettings, output: str, workers: int = 1, report: Report = lambda line: None) -> Fitted:
-    """Train, or go on training, and leave the model in OUTPUT/model."""
+@dataclass(frozen=True)
+class Prepared:
+    """A fit that may begin: everything a user can have got wrong has been looked at."""
+
+    folder: Path
+    settings: FitSettings
+    sides: Sides
+    loaded: Loaded
+    workers: int
+
+    def train(self, report: Report = lambda line: None) -> Fitted:
+        """Train, or go on training, and leave the model in OUTPUT/model."""
+        folder, settings, loaded = self.folder, self.settings, self.loaded
+        if self.workers == 1:
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            if "OMP_NUM_THREADS" not in os.environ:  # the user's word comes first
+                _set_threads(loaded.model, cluster.cores())
+            _train_here(folder, settings, loaded.model.to(device), report)
+        else:
+            _train_on_workers(folder, settings, self.workers, report)
+        state = _load_kept(folder, settings, loaded)
+        held, objective = _held_groups(folder), make_objective(settings.objective)
+        notes = {
+            "objective": settings.objective,
+            "labeler": self.sides.labeler,
+            "render": as_dict(settings.render),
+            "base_model": settings.model,
+            "data_digest": self.sides.dataset.manifest.digest,
+            "chat_template_sha256": hashlib.sha256(str(loaded.tokenizer.chat_template).encode()).hexdigest(),
+            "temperature": _temperature(loaded, held, objective, settings) if held is not None else None,
+        }
+        model = folder / "model"
+        if not model.is_dir():
+            _save_whole(Loaded(loaded.model, loaded.tokenizer, notes), model)
+        rejects = pq.read_table(folder / "groups" / "rejects.parquet").num_rows
+        trained = len(Groups(folder / "groups" / "train"))
+        counts = {"train": trained, "validation": len(held) if held is not None else 0, "rejected": rejects}
+        kept = {n: v for n, v in state.items() if n != "step"}
+        return Fitted(model, notes, kept, counts, _tags(self.sides, notes, kept, counts))
+
+
+def prepare(settings: FitSettings, output: str, workers: int = 1) -> Prepared:
+    """Look at everything that a fit needs, and make what it starts from: the model and the examples in tokens."""
+    if workers < 1:
+        raise SettingsError(f"workers={workers} cannot train", "1 trains in this process, more on Ray Train workers")
     folder = Path(output).absolute()
     sides = open_sides(settings.examples, settings.validation_share)
     settings = replace(settings, objective=_objective_name(settings.objective, sides))
     objective = make_objective(settings.objective)
     _claim(folder, settings, sides)
     loaded = _prepare(folder, settings, sides)
-    train_groups, held = Groups(folder / "groups" / "train"), _held_groups(folder)
-    _check_targets(settings.objective, objective, train_groups)
-    if loaded.model.pooling != "last" and train_groups.has_steps():
+    groups = Groups(folder / "groups" / "train")
+    _check_targets(settings.objective, objective, groups)
+    if loaded.model.pooling != "last" and groups.has_steps():
         raise SettingsError(
             f"pooling={loaded.model.pooling} gives one score to a whole answer, and these examples have a target for every step",
             "use a decoder (with --set net.pooling=last)",
         )
-    if workers == 1:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if "OMP_NUM_THREADS" not in os.environ:  # the user's word comes first
-            _set_threads(loaded.model, cluster.cores())
-        _train_here(folder, settings, loaded.model.to(device), report)
-    else:
-        _train_on_workers(folder, settings, workers, report)
-    state = _load_kept(folder, settings, loaded)
-    notes = {
-        "objective": settings.objective,
-        "labeler": sides.labeler,
-        "render": as_dict(settings.render),
-        "base_model": settings.model,
-        "data_digest": sides.dataset.manifest.digest,
-        "chat_template_sha256": hashlib.sha256(str(loaded.tokenizer.chat_template).encode()).hexdigest(),
-        "temperature": _temperature(loaded, held, objective, settings) if held is not None else None,
-    }
-    save_model(loaded.model, loaded.tokenizer, folder / "model", notes)
-    rejects = pq.read_table(folder / "groups" / "rejects.parquet").num_rows
-    counts = {"train": len(train_groups), "validation": len(held) if held is not None else 0, "rejected": rejects}
-    kept = {n: v for n, v in state.items() if n != "step"}
-    return Fitted(folder / "model", notes, kept, counts, _tags(sides, notes, kept, counts))
+    return Prepared(folder, settings, sides, loaded, workers)
+
+
+def fit(settings: FitSettings, output: str, workers: int = 1, report: Report = lambda line: None) -> Fitted:
+    """Train, or go on training, and leave the model in OUTPUT/model."""
+    return prepare(settings, output, workers).train(report)
 
 
 def _tags(sides: Sides, notes: Mapping[str, Any], kept: Mapping[str, float], counts: Mapping[str, int]) -> dict[str, Any]:
     labeling = labeled_by(sides.lineage()) or {}
-    said = flatten({"label": labeling.get("settings") or {}, "examples": {"path": str(sides.dataset.path), **counts}})
+    said = flatten({"label": (labeling.get("settings") or {}).get("label") or {}, "examples": {"path": str(sides.dataset.path), **counts}})
     sources = [i.get("digest") or i.get("sha256") for i in labeling.get("inputs") or ()]
     return {**flatten(notes), **{f"best_{n}": v for n, v in kept.items()}, **said, "label.input_digests": " ".join(filter(None, sources))}
 

@@ -157,6 +157,8 @@ def bootstrap(cluster: Sequence[Any], total: Array, weight: Array, *, draws: int
         times = np.bincount(rng.integers(0, len(names), len(names)), minlength=len(names))
         weighed = (times * weights).sum()
         values[d] = (times * totals).sum() / weighed if weighed else np.nan
+    if np.isnan(values).all():
+        return math.nan, math.nan
     low, high = np.nanpercentile(values, [2.5, 97.5])
     return float(low), float(high)
 

@@ -85,6 +85,8 @@ def sample(recipe: Recipe, problems: str, settings: SampleSettings, parts: int =
     toy = re.fullmatch(r"toy:(\d+)(?::(\d+))?", problems)
     if toy:
         count, seed = int(toy[1]), int(toy[2] or 0)
+        if count == 0:
+            raise DataError(f"problems={problems} are none", "ask for some, e.g. toy:400")
         tasks = [{"toy": [start, min(start + CHUNK, count), seed]} for start in range(0, count, CHUNK)]
     elif problems.startswith("toy:"):
         raise DataError(f"problems={problems} is not toy:COUNT or toy:COUNT:SEED", "e.g. toy:400")

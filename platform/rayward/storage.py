@@ -300,6 +300,11 @@ def open_dataset(path: str | Path, kind: str | None = None) -> Dataset:
 
 def sibling(path: Path, suffix: str) -> Path:
     """A hidden folder beside a path, on the same disk, so that a rename is atomic."""
+    if path.name in ("", ".."):
+        raise DataError(f"--output {str(path)!r} is this folder or one above it", "name a folder of its own")
+    for above in path.absolute().parents:
+        if above.exists() and not above.is_dir():
+            raise DataError(f"--output {path} lies below {above}, which is a file", "name a folder that can be made")
     return path.with_name(f".{path.name}.{suffix}")
 
 

@@ -16,6 +16,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -65,15 +66,27 @@ def _mlflow() -> Any:
 
 
 def _client() -> Any:
-    return _mlflow().MlflowClient()
+    """A client of a store that answers, or RegistryError."""
+    try:
+        client = _mlflow().MlflowClient()
+        client.get_experiment_by_name(EXPERIMENT)
+    except Exception as error:  # a database, a server, a disk: each has errors of its own
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        raise RegistryError(f"the store {tracking_uri()} cannot be used: {first}", "check RAYWARD_STORE and MLFLOW_TRACKING_URI") from None
+    return client
 
 
 def _experiment(client: Any) -> str:
     found = client.get_experiment_by_name(EXPERIMENT)
     if found is not None:
         return found.experiment_id
-    ours = "MLFLOW_TRACKING_URI" not in os.environ
-    return client.create_experiment(EXPERIMENT, artifact_location=(store() / "artifacts").as_uri() if ours else None)
+    return client.create_experiment(EXPERIMENT, artifact_location=_artifacts())
+
+
+def _artifacts() -> str | None:
+    """Where artifacts go: beside the database, or where a server says."""
+    uri = tracking_uri()
+    return (Path(uri.removeprefix("sqlite:///")).absolute().parent / "artifacts").as_uri() if uri.startswith("sqlite:///") else None
 
 
 # -------------------------------------------------------------------------------------------------------------------- runs
@@ -85,7 +98,7 @@ class RunLog:
 
     id: str
     client: Any
-    last_step: int = -1
+    last_step: dict[str, int] = field(default_factory=dict)  # of each metric
     waiting: list[Any] = field(default_factory=list)
     sent: float = field(default_factory=time.monotonic)
 
@@ -93,11 +106,11 @@ class RunLog:
         """A line of metrics over time; `step` says when."""
         from mlflow.entities import Metric
 
-        step = int(line["step"])
-        if step <= self.last_step:
-            return
-        now = int(time.time() * 1000)
-        self.waiting += [Metric(name, float(value), now, step) for name, value in line.items() if name != "step"]
+        step, now = int(line["step"]), int(time.time() * 1000)
+        for name, value in line.items():
+            if name != "step" and step > self.last_step.get(name, -1):
+                self.waiting.append(Metric(name, float(value), now, step))
+                self.last_step[name] = step
         if time.monotonic() - self.sent > 2.0 or len(self.waiting) > 500:
             self.flush()
 
@@ -150,7 +163,7 @@ def run(job: str, settings: Mapping[str, Any], *, keep: Path | None = None) -> I
     finally:
         with contextlib.suppress(Exception):  # a store that went away must not hide why the job ended
             log.flush()
-        client.set_terminated(log.id, status)
+            client.set_terminated(log.id, status)
 
 
 def _open_run(client: Any, job: str, settings: Mapping[str, Any], keep: Path | None) -> RunLog:
@@ -158,10 +171,10 @@ def _open_run(client: Any, job: str, settings: Mapping[str, Any], keep: Path | N
         before = json.loads(keep.read_text(encoding="utf-8"))
         with contextlib.suppress(Exception):  # another store, or a run that was deleted: begin a new one
             if before["tracking_uri"] == tracking_uri():
-                client.get_run(before["run_id"])
-                client.update_run(before["run_id"], status="RUNNING")
-                steps = [m.step for m in client.get_metric_history(before["run_id"], "loss")]
-                return RunLog(before["run_id"], client, max(steps, default=-1))
+                run_id = before["run_id"]
+                logged = client.get_run(run_id).data.metrics
+                client.update_run(run_id, status="RUNNING")
+                return RunLog(run_id, client, {n: max(m.step for m in client.get_metric_history(run_id, n)) for n in logged})
     tags = {"mlflow.runName": f"{job}-{time.strftime('%Y%m%d-%H%M%S')}", "job": job, "code_version": code_version()}
     created = client.create_run(_experiment(client), tags=tags)
     for name, value in flatten(settings).items():
@@ -173,6 +186,12 @@ def _open_run(client: Any, job: str, settings: Mapping[str, Any], keep: Path | N
 
 
 # ------------------------------------------------------------------------------------------------------------------ models
+
+
+def check_name(name: str) -> None:
+    """A name a model can be registered under, or RegistryError: said before the training, not after it."""
+    if name and not re.fullmatch(r"[\w.-]+( [\w.-]+)*", name):
+        raise RegistryError(f"--register {name!r} is no name for a model", "use letters, digits, . - and _")
 
 
 def register(log: RunLog, folder: Path, name: str, tags: Mapping[str, Any]) -> str:
@@ -301,9 +320,14 @@ def find(reference: str) -> dict[str, Any]:
 
 def promote(name: str, version: str, alias: str = CHAMPION) -> dict[str, str | None]:
     """Give a version an alias; returns which version had it before."""
+    if "@" in name or "/" in name:
+        raise RegistryError(f"{name} is not the bare name of a model", "write: promote NAME VERSION")
     row = find(f"{name}/{version}")
     before = [r["version"] for r in models() if r["name"] == row["name"] and alias in r["aliases"]]
-    _client().set_registered_model_alias(row["name"], alias, row["version"])
+    try:
+        _client().set_registered_model_alias(row["name"], alias, row["version"])
+    except _mlflow().MlflowException as error:
+        raise RegistryError(f"alias {alias!r} cannot be given: {error.message}", "use letters, digits, - and _, e.g. champion") from None
     return {"name": row["name"], "version": row["version"], "alias": alias, "before": before[0] if before else None}
 
 
@@ -311,7 +335,7 @@ def tag(name: str, version: str, tags: Mapping[str, Any]) -> None:
     """Add words to a version."""
     client = _client()
     for key, value in tags.items():
-        client.set_model_version_tag(name, version, key, str(value)[:5000])
+        client.set_model_version_tag(name, version, re.sub(r"[^\w. -]", "_", key), str(value)[:5000])
 
 
 def model_folder(model: str) -> Path:
@@ -345,8 +369,8 @@ def ui(host: str, port: int, browse: bool) -> None:
     _mlflow()
     page = f"http://{host}:{port}/#/models"
     arguments = ["-m", "mlflow", "ui", "--backend-store-uri", tracking_uri(), "--host", host, "--port", str(port)]
-    if "MLFLOW_TRACKING_URI" not in os.environ:
-        arguments += ["--default-artifact-root", (store() / "artifacts").as_uri()]
+    if (artifacts := _artifacts()) is not None:
+        arguments += ["--default-artifact-root", artifacts]
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
