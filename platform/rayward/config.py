@@ -118,6 +118,9 @@ def convert(kind: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(kind):
         if isinstance(value, kind):  # type: ignore[arg-type]
             return value
+        if isinstance(value, str) and value.startswith('{"'):
+            with contextlib.suppress(ValueError):
+                value = json.loads(value)
         if not isinstance(value, Mapping):
             raise SettingsError(f"{where}={value!r} is a group of settings", f"name one: {where}.NAME=VALUE")
         return resolve(kind, value, where + ".")  # type: ignore[arg-type]
@@ -158,9 +161,7 @@ def convert(kind: Any, value: Any, where: str) -> Any:
         except (TypeError, ValueError, OverflowError):
             raise SettingsError(f"{where}={value!r} is not a {'whole ' if kind is int else ''}number") from None
     if kind is str:
-        if isinstance(value, Mapping):  # `--set` read JSON as YAML; the setting wants the text
-            return json.dumps(value)
-        if value is None or isinstance(value, list):
+        if value is None or isinstance(value, Mapping | list):
             raise SettingsError(f"{where}={value!r} is not a text")
         return str(value)
     return value
@@ -227,7 +228,7 @@ def parse_sets(assignments: Sequence[str]) -> dict[str, Any]:
         if not equals or not name:
             raise SettingsError(f"--set {assignment}: there is no name=value in it", "write --set group.name=value")
         try:
-            value = yaml.safe_load(text) if text else ""
+            value = yaml.safe_load(text) if text and not text.startswith('{"') else text  # a JSON object stays the text it is
         except yaml.YAMLError:
             value = text
         nested: Any = value

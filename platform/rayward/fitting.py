@@ -318,7 +318,7 @@ def _train_here(folder: Path, settings: FitSettings, model: Any, report: Report)
     kept = checkpoints.steps(run.folder)
     begun = checkpoints.read_state(kept[-1])["step"] if kept else 0
     with Progress("train", total=run.total, unit="steps", start=begun) as bar:
-        if begun:
+        if 0 < begun < run.total:
             print(f"going on from step {begun} of {run.total}")
         train(replace(run, report=_telling(bar, report)))
 
