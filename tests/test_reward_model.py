@@ -32,7 +32,6 @@ from rayward.reward_model import (
     save_model,
     score_groups,
     tiny_model,
-    write_notes,
 )
 from tiny import (
     DECODERS,
@@ -257,8 +256,7 @@ def test_a_saved_model_holds_no_pickle(tmp_path: Path) -> None:
 
 def test_notes_are_added_to_what_a_config_says(tmp_path: Path) -> None:
     saved("qwen3", tmp_path)
-    write_notes(tmp_path, {"temperature": 2.5})
-    assert read_notes(tmp_path) == {"objective": "bradley_terry", "pooling": "last", "temperature": 2.5}
+    assert read_notes(tmp_path) == {"objective": "bradley_terry", "pooling": "last"}
     assert load_model(str(tmp_path), ModelSettings()).notes == read_notes(tmp_path)
 
 

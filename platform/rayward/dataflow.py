@@ -163,7 +163,7 @@ class Recipe:
     def already_made(self) -> bool:
         """Whether OUTPUT holds just this; DataError if it holds something else and may not be replaced."""
         output = Path(self.output)
-        if not output.exists() or self.overwrite:
+        if not output.exists() or (self.overwrite and _replaceable(output)):
             return False
         manifests = [output / "manifest.json", *sorted(output.glob("*/manifest.json"))]
         for path in filter(Path.is_file, manifests):
@@ -173,6 +173,13 @@ class Recipe:
         if output.is_dir() and not any(output.iterdir()):
             return False
         raise DataError(f"{output} already holds something else", "choose another --output, or replace it with --overwrite")
+
+
+def _replaceable(output: Path) -> bool:
+    """Whether OUTPUT is a file or one dataset or one split, which `--overwrite` may take away; a folder of other things is kept."""
+    if output.is_file() or (output / "manifest.json").is_file():
+        return True
+    return all(p.name in SIDES and (p / "manifest.json").is_file() for p in output.iterdir())
 
 
 def _same(manifest: Manifest, recipe: Recipe) -> bool:
@@ -199,7 +206,7 @@ def _announce(dataset: Dataset) -> Dataset:
 
 def _stage(recipe: Recipe) -> Path:
     """An empty folder beside the output, on the same disk."""
-    stage = sibling(Path(recipe.output), "partial")
+    stage = sibling(Path(recipe.output), "partial").absolute()
     shutil.rmtree(stage, ignore_errors=True)
     stage.mkdir(parents=True)
     return stage

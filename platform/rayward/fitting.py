@@ -40,7 +40,7 @@ from rayward.objectives import Objective, make_objective
 from rayward.progress import Progress
 from rayward.records import examples_of, rejects_table
 from rayward.rendering import Groups, Renderer, RenderSettings, write_groups
-from rayward.reward_model import Loaded, ModelSettings, load_model, save_model, score_groups, tiny_model
+from rayward.reward_model import Loaded, ModelSettings, load_model, read_notes, save_model, score_groups, tiny_model
 from rayward.splits import Shares, side
 from rayward.storage import Dataset, open_dataset
 from rayward.training import Report, Run, Team, TrainSettings, train
@@ -141,11 +141,12 @@ class Prepared:
     def train(self, report: Report = lambda line: None) -> Fitted:
         """Train, or go on training, and leave the model in OUTPUT/model."""
         folder, settings, loaded = self.folder, self.settings, self.loaded
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        loaded.model.to(device)
         if self.workers == 1:
-            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             if "OMP_NUM_THREADS" not in os.environ:  # the user's word comes first
                 _set_threads(loaded.model, cluster.cores())
-            _train_here(folder, settings, loaded.model.to(device), report)
+            _train_here(folder, settings, loaded.model, report)
         else:
             _train_on_workers(folder, settings, self.workers, report)
         state = _load_kept(folder, settings, loaded)
@@ -155,12 +156,14 @@ class Prepared:
             "labeler": self.sides.labeler,
             "render": as_dict(settings.render),
             "base_model": settings.model,
+            "precision": settings.train.precision,
             "data_digest": self.sides.dataset.manifest.digest,
             "chat_template_sha256": hashlib.sha256(str(loaded.tokenizer.chat_template).encode()).hexdigest(),
             "temperature": _temperature(loaded, held, objective, settings) if held is not None else None,
         }
         model = folder / "model"
-        if not model.is_dir():
+        if not model.is_dir() or read_notes(model) != {**notes, "pooling": loaded.model.pooling}:
+            shutil.rmtree(model, ignore_errors=True)
             _save_whole(Loaded(loaded.model, loaded.tokenizer, notes), model)
         rejects = pq.read_table(folder / "groups" / "rejects.parquet").num_rows
         trained = len(Groups(folder / "groups" / "train"))
@@ -236,7 +239,7 @@ def _claim(folder: Path, settings: FitSettings, sides: Sides) -> None:
     if path.exists():
         theirs = json.loads(path.read_text(encoding="utf-8"))
         if theirs != mine and not checkpoints.steps(folder / "run"):  # it never took a step: nothing is lost
-            for made in ("start", "groups", "run"):
+            for made in ("start", "groups", "run", "model"):
                 shutil.rmtree(folder / made, ignore_errors=True)
             (folder / TRACKING).unlink(missing_ok=True)
         elif theirs != mine:
@@ -353,6 +356,8 @@ def _train_on_workers(folder: Path, settings: FitSettings, workers: int, report:
                 f"--workers {workers} needs {workers} CPUs and this cluster has {ray.cluster_resources()['CPU']:g}",
                 "ask for fewer workers",
             )
+        if 0 < gpus < workers:
+            raise SettingsError(f"--workers {workers} needs {workers} GPUs and this cluster has {gpus:g}", "ask for fewer workers")
         trainer = TorchTrainer(
             _worker,
             train_loop_config={"folder": str(folder), "settings": as_dict(settings)},

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from rayward.config import choose, resolve
+from rayward.errors import DataError
 from rayward.records import Prompt
 from rayward.toy_world import ToyWorld
 
@@ -53,6 +54,10 @@ class ToyPolicy:
         done = []
         for request in requests:
             numbers = self.world.numbers(request.prompt[-1].content)
+            if len(numbers) < 2:
+                raise DataError(
+                    f"policy=toy answers problems of the toy world only, not {request.prompt[-1].content[:60]!r}", "name a policy"
+                )
             steps = self.world.continue_steps(numbers, request.kept, request.seed)
             done.append(Completion(steps, "stop", sum(len(s.split()) for s in steps)))
         return done

@@ -25,6 +25,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from rayward.batching import Batch, BatchSettings, collate, micro_batches
@@ -242,7 +243,7 @@ def load_model(path: str, settings: ModelSettings, max_length: int = 0) -> Loade
         classifier, info = AutoModelForSequenceClassification.from_pretrained(
             path, num_labels=1, output_loading_info=True, use_safetensors=True, dtype=torch.float32, **options
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(
             f"--model {path} cannot be loaded: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
             "give a folder with config.json, model.safetensors and a tokenizer, a name on the hub, models:/NAME@ALIAS, or tiny",
@@ -317,14 +318,6 @@ def save_model(model: RewardModel, tokenizer: Any, folder: Path, notes: dict[str
 def read_notes(folder: Path) -> dict[str, Any]:
     """The `rayward` entry of a saved model's config."""
     return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("rayward") or {}
-
-
-def write_notes(folder: Path, notes: dict[str, Any]) -> None:
-    """Add to the `rayward` entry of a saved model's config."""
-    path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config["rayward"] = {**(config.get("rayward") or {}), **notes}
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------------------------------- from scratch

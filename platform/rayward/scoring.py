@@ -60,7 +60,7 @@ class Scorer:
         """One score per target for every example, or why there is none."""
         made = list(self.renderer.render(examples))
         groups = [g for g in made if isinstance(g, Group)]
-        scores = iter(score_groups(self.model, groups, self.batch))
+        scores = iter(score_groups(self.model, groups, self.batch, self.notes.get("precision") or "auto"))
         return [m if isinstance(m, Rejected) else tuple(map(float, next(scores))) for m in made]
 
     def __call__(self, examples: Sequence[Example]) -> list[tuple[float, ...]]:

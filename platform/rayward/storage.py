@@ -293,7 +293,7 @@ def open_dataset(path: str | Path, kind: str | None = None) -> Dataset:
         )
     dataset = Dataset(path, manifest)
     whole = int(dataset.parts[0].stem.rpartition("-")[2]) if dataset.parts else 0
-    if len(dataset.parts) != whole:
+    if not dataset.parts or len(dataset.parts) != whole:
         raise DataError(f"{path} has {len(dataset.parts)} of {whole} parts", "build the dataset again")
     return dataset
 

@@ -54,6 +54,14 @@ class TrainSettings:
         if self.epochs < 1 or self.lr <= 0 or self.clip <= 0 or not 0 <= self.warmup < 1 or self.log_every < 1:
             raise ValueError(f"epochs={self.epochs}, lr={self.lr}, clip={self.clip}, warmup={self.warmup}: not a way to train")
 
+        if not (
+            math.isfinite(self.lr)
+            and 0 <= self.beta2 < 1
+            and self.weight_decay >= 0
+            and min(self.validate_every, self.checkpoint_every) >= 0
+        ):
+            raise ValueError(f"lr={self.lr}, beta2={self.beta2}, weight_decay={self.weight_decay}: not a way to train")
+
     def lr_at(self, step: int, total: int) -> float:
         """The learning rate of a step: linear warm-up, then the schedule down to lr / 20.
 

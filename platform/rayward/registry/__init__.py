@@ -197,9 +197,15 @@ def check_name(name: str) -> None:
 def register(log: RunLog, folder: Path, name: str, tags: Mapping[str, Any]) -> str:
     """Put the model of a run into the registry under `name`; returns its version. Registering the same run twice gives one version."""
     mlflow = _mlflow()
-    for version in _versions(log.client, name):
-        if version.run_id == log.id:
-            return str(version.version)
+    before = [str(v.version) for v in _versions(log.client, name) if v.run_id == log.id]
+    version = before[0] if before else _log_model(mlflow, log, folder, name)
+    tag(name, version, {**tags, "code_version": code_version()})  # also where a run was killed between the two
+    log.client.update_model_version(name, version, description=_card(name, version, tags))
+    return version
+
+
+def _log_model(mlflow: Any, log: RunLog, folder: Path, name: str) -> str:
+    """Log the model under its run, and register it; returns the version."""
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, Schema
     from mlflow.types.schema import Array
@@ -226,10 +232,7 @@ def register(log: RunLog, folder: Path, name: str, tags: Mapping[str, Any]) -> s
             pip_requirements=_requirements(),
             registered_model_name=name,
         )
-    version = str(info.registered_model_version)
-    tag(name, version, {**tags, "code_version": code_version()})
-    log.client.update_model_version(name, version, description=_card(name, version, tags))
-    return version
+    return str(info.registered_model_version)
 
 
 def _card(name: str, version: str, tags: Mapping[str, Any]) -> str:
@@ -272,7 +275,12 @@ def models() -> list[dict[str, Any]]:
     """Every version of every model, newest first: name, version, aliases, tags, run, when."""
     client = _client()
     rows = []
-    for registered in sorted(client.search_registered_models(), key=lambda m: m.name):
+    found = client.search_registered_models()
+    every = list(found)
+    while found.token:  # MLflow gives a hundred at a time
+        found = client.search_registered_models(page_token=found.token)
+        every += found
+    for registered in sorted(every, key=lambda m: m.name):
         aliases: dict[str, list[str]] = {}
         for alias, number in client.get_registered_model(registered.name).aliases.items():
             aliases.setdefault(str(number), []).append(alias)
