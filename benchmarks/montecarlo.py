@@ -229,15 +229,17 @@ def schemes_of(of: World | Toy, chain: dict[str, float], cap: int, few: bool) ->
         "posterior, per token": dataclasses.replace(base, cost="token"),
         "posterior, 4 a round": dataclasses.replace(base, cost="call", batch=4),
     }
+    gains = (0.1, 0.07, 0.05, 0.035, 0.025, 0.018, 0.012, 0.008, 0.005)
     curves = {
         "exhaustive": curve(of, "exhaustive", [ExhaustiveSettings(n) for n in ns], True),
         "exhaustive, last success": curve(of, "exhaustive", [ExhaustiveSettings(n, "last") for n in (2, 4, 8, 16)], True),
         "exhaustive, posterior's reading": reread(of, ns, base),
         "scan": curve(of, "scan", [ScanSettings(n) for n in (4, 8, 16, 32)], True),
-        "skew": curve(of, "skew", [SkewSettings(least_gain=g) for g in (0.1, 0.07, 0.05, 0.035, 0.025, 0.018, 0.012, 0.008, 0.005)], False),
+        "skew": curve(of, "skew", [SkewSettings(least_gain=g) for g in gains], False),
     }
     if not few:
         curves["bisect"] = curve(of, "bisect", [BisectSettings(k) for k in (4, 8, 16, 32)], False)
+        curves["skew, per token"] = curve(of, "skew", [SkewSettings(least_gain=g, cost="token") for g in gains], False)
         curves["skew, one k"] = curve(of, "skew", [SkewSettings(k) for k in (3, 4, 6, 8, 12, 16, 24)], False)
         curves["skew, to a level"] = curve(of, "skew", [SkewSettings(error=e) for e in (0.9, 0.4, 0.1, 0.02)], False)
         curves["certified"] = curve(of, "certified", [CertifiedSettings(a, cap=128, batch=2) for a in (0.8, 0.4, 0.1)], False)
@@ -335,11 +337,13 @@ def soft_labels(seed: int, count: int, steps: Sequence[int], repair: str, chain:
     """Mean absolute error of V_t, t = 1..T-1, over right and wrong solutions alike."""
     of = [world(seed + 9, count, steps, repair, right) for right in (False, True)]
     rules = FreeRules(want="soft")
-    sds = [PosteriorSettings(sd=s, cap=160, if_unsure="guess", **chain) for s in (0.2, 0.15, 0.12, 0.1, 0.08, 0.07, 0.06, 0.05)]  # type: ignore[arg-type]
-    both = {
-        "exhaustive": [curve(w, "exhaustive", [ExhaustiveSettings(n) for n in (4, 8, 16)], True, rules) for w in of],
-        "posterior": [curve(w, "posterior", sds, True, rules) for w in of],
+    base = PosteriorSettings(cap=160, if_unsure="guess", **chain)  # type: ignore[arg-type]
+    by = {
+        cost: [dataclasses.replace(base, sd=s, cost=cost) for s in (0.2, 0.15, 0.12, 0.1, 0.08, 0.07, 0.06, 0.05)]
+        for cost in ("call", "token")
     }
+    both = {"exhaustive": [curve(w, "exhaustive", [ExhaustiveSettings(n) for n in (8, 16)], True, rules) for w in of]}
+    both |= {cost: [curve(w, "posterior", sds, True, rules) for w in of] for cost, sds in by.items()}
 
     def error(w: World, p: Point) -> float:
         return float(np.mean([np.abs(w.values[i, 1 : len(d.soft)] - d.soft[:-1]).mean() for i, d in enumerate(p.decisions)]))
@@ -354,12 +358,12 @@ def soft_labels(seed: int, count: int, steps: Sequence[int], repair: str, chain:
             )
             for p, q in zip(a, b, strict=True)
         ]
-    for n, (calls, tokens, mae) in zip((8, 16), dots["exhaustive"][1:], strict=True):
-        by_calls = calls / cost_at([(c, -e) for c, _, e in dots["posterior"]], -mae)
-        by_tokens = tokens / cost_at([(t, -e) for _, t, e in dots["posterior"]], -mae)
-        print(
-            f"  repair {repair:5} at exhaustive n={n}'s error {mae:.3f}: {by_calls:.1f}x fewer completions, {by_tokens:.1f}x fewer tokens"
-        )
+    for cost in by:
+        for n, (calls, tokens, mae) in zip((8, 16), dots["exhaustive"], strict=True):
+            by_calls = calls / cost_at([(c, -e) for c, _, e in dots[cost]], -mae)
+            by_tokens = tokens / cost_at([(t, -e) for _, t, e in dots[cost]], -mae)
+            saves = f"{by_calls:.1f}x fewer completions, {by_tokens:.1f}x fewer tokens"
+            print(f"  repair {repair:5} per {cost:5} at exhaustive n={n}'s error {mae:.3f}: {saves}")
 
 
 def mixed(curves: dict[str, list[Point]], of: World, right: World) -> float:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rayward import fitting, registry
+from rayward.adapters import LoraSettings
 from rayward.batching import BatchSettings
 from rayward.config import as_dict, command
 from rayward.fitting import FitSettings, Fitted
@@ -26,11 +27,14 @@ class Settings:
     examples: str  # folder of examples, or of a split with train/ and validation/
     output: str  # folder for the run and the model
     model: str = "tiny"  # folder or hub name of a model, models:/NAME@ALIAS, or tiny: a small decoder from scratch
-    objective: str = "auto"  # bradley_terry, plackett_luce, binary_cross_entropy, module:loss, or auto: what the labels are for
+    objective: str = "auto"  # a loss (objectives.OBJECTIVES, docs/objectives.md), module:loss, or auto: what the labels are for
+    objective_settings: str = "{}"  # JSON of the loss's own settings, e.g. '{"by_count": true}' for binary_cross_entropy
+    regularise: str = "{}"  # JSON of terms that add to the loss and their weights, e.g. '{"centre": 0.01}'
     workers: int = 1  # 1 trains in this process, more on a group of Ray Train workers
     register: str = ""  # name to register the model under
     validation_share: float = 0.05  # share of prompts held out for validation where the examples have no validation side
     net: ModelSettings = ModelSettings()
+    lora: LoraSettings = LoraSettings()
     render: RenderSettings = RenderSettings()
     batch: BatchSettings = BatchSettings()
     train: TrainSettings = TrainSettings()
@@ -42,7 +46,10 @@ def main(settings: Settings) -> Fitted:
         examples=settings.examples,
         model=str(registry.model_folder(settings.model)),
         objective=settings.objective,
+        objective_settings=settings.objective_settings,
+        regularise=settings.regularise,
         net=settings.net,
+        lora=settings.lora,
         render=settings.render,
         batch=settings.batch,
         train=settings.train,

@@ -1,13 +1,16 @@
 """Step values for a process reward model: P(final answer right) after every step, and whether it is still good.
 
     rayward run label_steps --source store/toy/stepwise --output store/toy/steps
-    rayward run label_steps --source store/toy/rollouts --output store/toy/drawn --policy toy --scheme skew
+    rayward run label_steps --source store/toy/rollouts --output store/toy/drawn --policy toy --scheme auto
     rayward run label_steps --source store/prm800k/rollouts --output store/prm800k/steps --neutral unknown
 
 From continuations that are in the source; or drawn here by a policy, where a scheme asks for them (`--policy`): some ten times
 fewer completions than every prefix n times, at the same accuracy (docs/montecarlo.md); or from judged steps, as people or a judge left
-them. Soft values stay soft all the way to the loss; the number of verdicts behind each is kept. What was drawn lies word for word in
-`.OUTPUT.verdicts` (or `--log`): the same command goes on after a kill and draws nothing twice.
+them. Soft values stay soft all the way to the loss; the number of verdicts behind each is kept.
+
+Which scheme: skew where the policy's errors are final, posterior where it repairs some or soft values are wanted, auto where you do not
+know: it measures that on a few wrong answers first. What was drawn lies word for word in `.OUTPUT.verdicts` (or `--log`): the same
+command goes on after a kill and draws nothing twice.
 """
 
 from dataclasses import dataclass

@@ -126,7 +126,10 @@ def test_nothing_runs_code_that_came_with_data(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("library", "homes"),
-    [("mlflow", {"registry/__init__.py", "registry/pyfunc.py"}), ("ray", {"cluster.py", "dataflow/engine.py", "fitting.py"})],
+    [
+        ("mlflow", {"registry/__init__.py", "registry/pyfunc.py"}),
+        ("ray", {"cluster.py", "dataflow/engine.py", "fitting.py", "policies/engine.py"}),
+    ],
 )
 def test_one_place_knows_a_library(library: str, homes: set[str]) -> None:
     users = {str(path.relative_to(PACKAGE)) for path in MODULES if library in imports(tree(path))}

@@ -212,7 +212,7 @@ def split_of(scheme: str, of: Solution, k: int) -> Callable[[int, int], int]:
         return lambda lo, hi: lo + 1
     if scheme == "bisect":
         return lambda lo, hi: (lo + hi) // 2
-    return lambda lo, hi: int(splits(of.tokens, k, of.pass_rate)[lo, hi])
+    return lambda lo, hi: int(splits((1.0,) * of.steps, k, of.root_right, of.root_count)[lo, hi])
 
 
 def chance_of(first_bad: int, values: Sequence[float], k: int, split: Callable[[int, int], int]) -> float:
@@ -610,7 +610,7 @@ def test_what_a_server_does_wrong_changes_no_label(folder: Path, server: ChatSer
     assert server.asked == calm == len(log_of(folder, "calm"))
     server.faults = [""] * calm + faults
     timeout = {"timeout_s": 0.5} if "hang" in faults else {}
-    done(served(folder, "steps", server, **timeout))
+    done(served(folder, "steps", server, retries=20, **timeout))  # on a busy machine one request may meet all of the faults
     assert server.asked == 2 * calm + sum(map(bool, faults))  # each was asked again, once
     assert digest(folder, "steps") == digest(folder, "calm")
     assert counted(folder, "steps", "truncated") >= sum(line["finish_reason"] == "length" for line in log_of(folder, "steps")) > 0

@@ -78,7 +78,7 @@ def test_unknown_and_missing_settings_are_said(name: str) -> None:
 
 
 def test_every_policy_is_made_by_name() -> None:
-    assert set(POLICIES) == {"toy", "server", "transformers"}
+    assert set(POLICIES) == {"toy", "server", "transformers", "vllm"}
 
 
 # ---------------------------------------------------------------------------------------------------------------- a server

@@ -22,6 +22,7 @@ from rayward.batching import BatchSettings, collate
 from rayward.errors import ModelError
 from rayward.rendering import Group
 from rayward.reward_model import (
+    SCALAR,
     ModelSettings,
     RewardModel,
     Traits,
@@ -219,7 +220,7 @@ def saved(kind: str, folder: Path, tokenizer: Any = None, **changes: Any) -> Rew
 def test_a_saved_model_is_the_same_bit_for_bit_and_in_plain_transformers(kind: str, tmp_path: Path) -> None:
     model = saved(kind, tmp_path)
     loaded = load_model(str(tmp_path), ModelSettings())
-    assert loaded.notes == {"objective": "bradley_terry", "pooling": model.pooling}
+    assert loaded.notes == {"objective": "bradley_terry", "pooling": model.pooling, "head": SCALAR.as_notes()}
     weights, before = loaded.model.state_dict(), model.state_dict()
     assert weights.keys() == before.keys()
     assert all(torch.equal(weights[name], before[name]) for name in weights)
@@ -256,7 +257,7 @@ def test_a_saved_model_holds_no_pickle(tmp_path: Path) -> None:
 
 def test_notes_are_added_to_what_a_config_says(tmp_path: Path) -> None:
     saved("qwen3", tmp_path)
-    assert read_notes(tmp_path) == {"objective": "bradley_terry", "pooling": "last"}
+    assert read_notes(tmp_path) == {"objective": "bradley_terry", "pooling": "last", "head": SCALAR.as_notes()}
     assert load_model(str(tmp_path), ModelSettings()).notes == read_notes(tmp_path)
 
 

@@ -383,17 +383,23 @@ def _tree_of(table, lo, hi):
     return (m, _tree_of(table, lo, m), _tree_of(table, m, hi))
 
 
+def _chance_of_failures(right, count, k):
+    """E[(1 - v)^k] under Beta(right + 1/2, count - right + 1/2), from gamma functions."""
+    a, b = right + 0.5, count - right + 0.5
+    return math.exp(math.lgamma(b + k) - math.lgamma(b) + math.lgamma(a + b) - math.lgamma(a + b + k))
+
+
 @pytest.mark.parametrize("T", [2, 3, 4, 5, 6, 7])
-@pytest.mark.parametrize(("k", "v"), [(4, 0.2), (8, 0.5), (16, 0.9)])
-def test_the_split_is_the_best_of_all_search_trees(T, k, v):
+@pytest.mark.parametrize(("k", "root"), [(4, (1, 8)), (8, (0, 0)), (16, (8, 8)), (60, (3, 8))])
+def test_the_split_is_the_best_of_all_search_trees(T, k, root):
     rng = random.Random(T)
     tokens = tuple(itertools.accumulate((rng.uniform(5, 80) for _ in range(T)), initial=0.0))[:0:-1]
-    good = (1 - (1 - v) ** k) / v
+    good = sum(_chance_of_failures(*root, j) for j in range(k))
 
     def cost(tree):
         return sum(_walk(tree, tau, good, k, tokens) for tau in range(1, T + 1)) / T
 
-    ours = cost(_tree_of(splits(tokens, k, v), 0, T))
+    ours = cost(_tree_of(splits(tokens, k, *root), 0, T))
     assert ours == pytest.approx(min(map(cost, _trees(0, T))), rel=1e-12)
 
 
@@ -405,10 +411,20 @@ def test_failures_needed_follow_the_error_level_of_the_problem():
     assert failures_needed(solution(16, root=(0, 8)), SkewSettings(error=0.001)) == 48
     assert failures_needed(hard, SkewSettings(k=5)) == 5
     price = SkewSettings(least_gain=0.02)
-    for of in (easy, hard, solution(16, root=(4, 8))):
-        k, v = failures_needed(of, price), of.pass_rate
-        assert v * (1 - v) ** k <= 0.02 < v * (1 - v) ** (k - 1)
+    for root in ((7, 8), (1, 8), (4, 8), (0, 0)):
+        k = failures_needed(solution(16, root=root), price)
+        gains = [_chance_of_failures(*root, n) - _chance_of_failures(*root, n + 1) for n in range(k + 1)]
+        assert gains[k] <= 0.02 < gains[k - 1]
     assert failures_needed(solution(16, root=(0, 99)), price) == 2  # a problem that nobody solves is not worth more
+    assert failures_needed(solution(16, root=(0, 0)), SkewSettings(least_gain=1e-6)) == 48
+
+
+@pytest.mark.parametrize(("cost", "place"), [("call", 1), ("token", 7)])
+def test_a_search_saves_completions_or_tokens(cost, place):
+    """Where the last prefix costs next to nothing it is looked at first, if tokens are what counts."""
+    of = solution(8, root=(8, 8), tokens=(100.0,) * 7 + (1.0,))
+    [[ask]] = make_scheme("skew", SkewSettings(cost=cost))([fresh(of)])
+    assert ask.kept == place
 
 
 def test_the_error_of_halving_stays_within_its_bound():
@@ -744,7 +760,7 @@ def test_what_was_drawn_under_looser_settings_is_used_again():
     at_once = rounds(solutions, make_scheme("posterior", settings), truth)
     loose = rounds(solutions, make_scheme("posterior", dataclasses.replace(settings, alpha=0.3)), truth)
     tight = rounds(solutions, make_scheme("posterior", settings), truth, states=loose.states)
-    assert tight.decisions == at_once.decisions
+    assert _same(tight.decisions, at_once.decisions)
     assert loose.counters.completions + tight.counters.completions == at_once.counters.completions
     with pytest.raises(ValueError, match="states are not of these"):
         Rounds(solutions, make_scheme("posterior"), states=loose.states[1:])

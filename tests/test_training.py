@@ -186,12 +186,12 @@ def _worker(rank: int, folder: Path, sides: tuple[Path, Path]) -> None:
         batch = BatchSettings(size=8, micro_tokens=micro_tokens)
         run = a_run(sides, folder / f"{micro_tokens}", train=ONCE, batch=batch, team=Team.here())
         train(run)
-        save_file(checkpoints.unique_tensors(run.model), folder / f"{micro_tokens}-{rank}.safetensors")
+        save_file(checkpoints.trained_tensors(run.model), folder / f"{micro_tokens}-{rank}.safetensors")
     dist.destroy_process_group()
 
 
 def test_the_curve_does_not_depend_on_the_number_of_workers(tmp_path: Path) -> None:
-    sides = on_disk(tmp_path / "groups", held=260)  # validation goes to the workers by chunks of 256
+    sides = on_disk(tmp_path / "groups", held=260)
     train(a_run(sides, tmp_path / "alone", train=ONCE))
     mp.spawn(_worker, (tmp_path, sides), nprocs=2)
     for micro_tokens in (300, 100_000):
@@ -258,7 +258,9 @@ def test_the_state_of_an_optimizer_goes_through_a_checkpoint_without_pickle(side
         for parameter in run.model.parameters():
             parameter.grad = torch.randn_like(parameter)
         optimizer.step()
-    checkpoints.save(tmp_path, "step-00000003", run.model.classifier, optimizer, {"step": 3, "best": {}})
+    writer = checkpoints.Writer(tmp_path)
+    writer.save("step-00000003", run.model.classifier, optimizer, {"step": 3, "best": {}})
+    writer.wait()
     assert {p.suffix for p in (tmp_path / "step-00000003").iterdir()} == {".safetensors", ".json"}
     other = a_run(sides, tmp_path).model
     restored = make_optimizer(other, TRAIN)

@@ -50,6 +50,9 @@ class Batch:
     target_GK: Tensor  # float32
     mask_GK: Tensor  # bool; False where a group has fewer than K places
     weight_G: Tensor  # float32
+    count_GK: Tensor  # float32; verdicts behind a target
+    length_GK: Tensor  # float32; tokens of the answer that a place is in
+    column_GK: Tensor  # int64; which output of the head a target is about, -1: the score that is made of all of them
 
     def to(self, device: torch.device | str) -> Batch:
         """The same on another device."""
@@ -82,9 +85,16 @@ def plan(examples: int, size: int, seed: int, epoch: int) -> list[np.ndarray]:
     return [order[start : start + size] for start in range(0, examples, size)]
 
 
-def micro_batches(groups: Sequence[Group], settings: BatchSettings, shared: bool) -> Iterator[tuple[list[int], Batch]]:
-    """Groups as batches of at most `micro_tokens` tokens (or one row), rows of like length together; with the numbers of the groups."""
+def micro_batches(groups: Sequence[Group], settings: BatchSettings, shared: bool, flat: bool = False) -> Iterator[tuple[list[int], Batch]]:
+    """Groups as batches of at most `micro_tokens` tokens (or one row), rows of like length together; with the numbers of the groups.
+
+    With `flat` (where a body attends over segments, see `attention`), each is one row without padding.
+    """
     if not groups:
+        return
+    if shared and flat:
+        for row in pack([len(g.token_T) for g in groups], settings.micro_tokens):
+            yield row, collate([[groups[n] for n in row]], shared)
         return
     if shared:
         rows = pack([len(g.token_T) for g in groups], settings.row_tokens)
@@ -109,18 +119,26 @@ def micro_batches(groups: Sequence[Group], settings: BatchSettings, shared: bool
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """First-fit decreasing: which items lie in which row of `capacity`; an item longer than that has a row of its own.
 
+    The first row with room is found in a tree of what is free, in log(items) steps (Johnson 1973, first-fit in O(n log n)).
+
     >>> pack([5, 9, 3, 4, 30], 10)
     [[4], [1], [0, 3], [2]]
     """
-    rows: list[list[int]] = []
-    free: list[int] = []
-    for n in sorted(range(len(lengths)), key=lambda n: (-lengths[n], n)):
-        row = next((r for r, space in enumerate(free) if space >= lengths[n]), len(rows))
-        if row == len(rows):
+    order = sorted(range(len(lengths)), key=lambda n: (-lengths[n], n))
+    rows = [[n] for n in order if lengths[n] > capacity]
+    too_long = len(rows)
+    leaves = 1 << max(0, len(order) - too_long - 1).bit_length()
+    free = [capacity] * (2 * leaves)  # free[n] = max(free[2n], free[2n + 1]); the last `leaves` are rows, those not begun yet included
+    for n in order[too_long:]:
+        at = 1
+        while at < leaves:
+            at = 2 * at + (free[2 * at] < lengths[n])
+        if at - leaves + too_long == len(rows):
             rows.append([])
-            free.append(max(capacity, lengths[n]) if lengths[n] <= capacity else lengths[n])
-        rows[row].append(n)
-        free[row] -= lengths[n]
+        rows[at - leaves + too_long].append(n)
+        free[at] -= lengths[n]
+        while at := at // 2:
+            free[at] = max(free[2 * at], free[2 * at + 1])
     return rows
 
 
@@ -159,11 +177,17 @@ def collate(rows: Sequence[Sequence[Group]], shared: bool) -> Batch:
         token_BT[b, : len(ids)], position_BT[b, : len(ids)], segment_BT[b, : len(ids)] = ids, at, who
     G = len(groups)
     place_GK, target_GK, mask_GK = np.zeros((G, K), np.int64), np.zeros((G, K), np.float32), np.zeros((G, K), bool)
+    count_GK, length_GK, column_GK = np.zeros((G, K), np.float32), np.zeros((G, K), np.float32), np.full((G, K), -1, np.int64)
     for g, (group, (row_at, column)) in enumerate(zip(groups, places, strict=True)):
         k = len(group.target_K)
         place_GK[g, :k], target_GK[g, :k], mask_GK[g, :k] = row_at * T + column, group.target_K, True
+        count_GK[g, :k] = 1 if group.count_K is None else group.count_K
+        length_GK[g, :k] = group.length_A[1:][np.searchsorted(np.cumsum(group.length_A), group.place_K, side="right") - 1]
+        if group.column_K is not None:
+            column_GK[g, :k] = group.column_K
     weight_G = np.array([g.weight for g in groups], np.float32)
-    return Batch(*map(torch.from_numpy, (token_BT, position_BT, segment_BT, place_GK, target_GK, mask_GK, weight_G)))
+    made = (token_BT, position_BT, segment_BT, place_GK, target_GK, mask_GK, weight_G, count_GK, length_GK, column_GK)
+    return Batch(*map(torch.from_numpy, made))
 
 
 def _positions(group: Group) -> np.ndarray:

@@ -1,8 +1,11 @@
 """The whole state of a training run in one folder, written aside and renamed; no pickle in it.
 
     FOLDER/
-      step-00000120/  model.safetensors  optimizer.safetensors  state.json     the last two, to go on from
-      best/           model.safetensors  state.json                            the best on validation
+      step-00000120/  model.safetensors  optimizer.safetensors  average.safetensors  state.json     the last two, to go on from
+      best/           model.safetensors  state.json                                                 the best on validation
+
+Only weights that are trained are written: the frozen ones of a body under LoRA lie where the run started from. They are copied, and
+written by a thread while training goes on, one write at a time; a run ends with all of them on disk.
 
 The learning rate, the order of the examples and every random number are functions of the step, so they need no state.
 """
@@ -11,6 +14,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,38 +23,115 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from rayward import sharding
 from rayward.errors import DataError
 from rayward.storage import publish, sibling
 
 KEEP = 2  # checkpoints to go on from: the last, and the one before should the last be damaged
 
 
-def save(folder: Path, name: str, model: nn.Module, optimizer: torch.optim.Optimizer | None, state: Mapping[str, Any]) -> None:
-    """Write FOLDER/NAME, whole or not at all."""
-    target = folder / name
-    stage = sibling(target, "partial")
-    shutil.rmtree(stage, ignore_errors=True)
-    stage.mkdir(parents=True)
-    save_file(unique_tensors(model), stage / "model.safetensors")
-    if optimizer is not None:
-        tensors, plain = flat_optimizer(optimizer)
-        save_file(tensors, stage / "optimizer.safetensors")
-        state = {**state, "optimizer": plain}
-    (stage / "state.json").write_text(json.dumps(state, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    publish(stage, target)
-    for old in steps(folder)[:-KEEP]:
-        shutil.rmtree(old, ignore_errors=True)
+class Writer:
+    """Writes checkpoints into FOLDER, one at a time, while training goes on. Every worker calls it; the first one writes.
+
+    Where a model is spread over workers (`sharded`), they put the weights together for a checkpoint of weights alone, and write one to go
+    on from together, each its share.
+    """
+
+    def __init__(self, folder: Path, rank: int = 0, sharded: bool = False):
+        self.folder, self.rank, self.sharded = folder, rank, sharded
+        self._thread: threading.Thread | None = None
+        self._failed: list[BaseException] = []
+
+    def save(
+        self,
+        name: str,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        state: Mapping[str, Any],
+        average: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Begin to write FOLDER/NAME as things are now; it is there whole or not at all."""
+        if self.sharded and optimizer is not None:
+            return self._save_shards(name, model, optimizer, state, average)
+        weights = trained_tensors(model)
+        if self.sharded:
+            weights = sharding.whole(weights)
+        if self.rank:
+            return None
+        files = {"model.safetensors": weights}
+        if optimizer is not None:
+            files["optimizer.safetensors"], plain = flat_optimizer(optimizer)
+            state = {**state, "optimizer": plain}
+        if average is not None:
+            files["average.safetensors"] = dict(average)
+        copies = {file: {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()} for file, tensors in files.items()}
+        self.wait()
+        self._thread = threading.Thread(target=self._write, args=(self.folder / name, copies, _said(state)))
+        self._thread.start()
+        return None
+
+    def _save_shards(
+        self, name: str, model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any], average: Mapping[str, Any] | None
+    ) -> None:
+        self.wait()
+        target = self.folder / name
+        stage = sibling(target, "partial")
+        if self.rank == 0:
+            shutil.rmtree(stage, ignore_errors=True)
+            stage.mkdir(parents=True)
+        sharding.save(stage, _all_tensors(model, optimizer, average))  # begins and ends with all workers together
+        if self.rank == 0:
+            (stage / "state.json").write_text(_said(state), encoding="utf-8")
+            self._finish(stage, target)
+
+    def wait(self) -> None:
+        """Until what was begun is on disk; an error of the writing is raised here."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._failed:
+            raise self._failed.pop()
+
+    def _write(self, target: Path, files: Mapping[str, Mapping[str, torch.Tensor]], state: str) -> None:
+        try:
+            stage = sibling(target, "partial")
+            shutil.rmtree(stage, ignore_errors=True)
+            stage.mkdir(parents=True)
+            for file, tensors in files.items():
+                save_file(dict(tensors), stage / file)
+            (stage / "state.json").write_text(state, encoding="utf-8")
+            self._finish(stage, target)
+        except BaseException as error:  # raised by the next wait, in the thread of the training
+            self._failed.append(error)
+
+    def _finish(self, stage: Path, target: Path) -> None:
+        publish(stage, target)
+        for old in steps(self.folder)[:-KEEP]:
+            shutil.rmtree(old, ignore_errors=True)
 
 
-def unique_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The state of a model by name; of tensors that share memory (tied weights) the first."""
-    seen: dict[int, str] = {}
+def _said(state: Mapping[str, Any]) -> str:
+    return json.dumps(state, indent=2, sort_keys=True) + "\n"
+
+
+def _all_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, average: Mapping[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
+    """Everything a run goes on from, by name; spread over workers where the model is."""
+    named = {"model": trained_tensors(model), "optimizer": sharding.states(optimizer), "average": average or {}}
+    return {f"{kind}.{name}": tensor for kind, tensors in named.items() for name, tensor in tensors.items()}
+
+
+def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The trained state of a model by name, buffers among it; of tensors that share memory (tied weights) the first."""
+    trained = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    trained |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    seen: set[int] = set()
     tensors: dict[str, torch.Tensor] = {}
     for name, tensor in model.state_dict().items():
-        if tensor.numel() and tensor.data_ptr() in seen:
+        local = tensor.to_local() if sharding.is_sharded(tensor) else tensor
+        if name not in trained or (local.numel() and local.data_ptr() in seen):
             continue
-        seen[tensor.data_ptr()] = name
-        tensors[name] = tensor.detach().cpu().contiguous()
+        seen.add(local.data_ptr())
+        tensors[name] = tensor.detach()
     return tensors
 
 
@@ -61,7 +142,7 @@ def flat_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Te
     for number, entries in optimizer.state_dict()["state"].items():
         for name, value in entries.items():
             if isinstance(value, torch.Tensor):
-                tensors[f"{number}.{name}"] = value.detach().cpu().contiguous()
+                tensors[f"{number}.{name}"] = value.detach()
             else:
                 plain[f"{number}.{name}"] = value
     return tensors, plain
@@ -103,3 +184,21 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) 
             whole["state"].setdefault(int(number), {})[name] = value
         optimizer.load_state_dict(whole)
     return state
+
+
+def load_shards(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, average: Mapping[str, torch.Tensor] | None
+) -> dict[str, Any]:
+    """Put a checkpoint that workers wrote together into a model that is spread over them, over as many or others; its state.json."""
+    try:
+        state = read_state(path)
+        sharding.load(path, _all_tensors(model, optimizer, average))
+    except Exception as error:
+        raise _damaged(path, error) from error
+    return state
+
+
+def load_average(path: Path) -> dict[str, torch.Tensor] | None:
+    """The averaged weights of a checkpoint, by name; None if it has none."""
+    file = path / "average.safetensors"
+    return load_file(file) if file.is_file() else None

@@ -240,6 +240,26 @@ def _nest(dotted: Mapping[str, Any]) -> dict[str, Any]:
     return nested
 
 
+def parse_settings(text: str, what: str) -> dict[str, Any]:
+    """The settings of something pluggable from JSON text, the form in which commands and manifests have them.
+
+    >>> parse_settings('{"slip": 0.3}', "policy_settings")
+    {'slip': 0.3}
+    >>> parse_settings("[1]", "policy_settings")
+    Traceback (most recent call last):
+    rayward.errors.SettingsError: policy_settings='[1]' is not a JSON object of settings
+      -> write e.g. policy_settings={"temperature": 0.7}
+    """
+    example = f'write e.g. {what}={{"temperature": 0.7}}'
+    try:
+        settings = json.loads(text)
+    except ValueError as error:
+        raise SettingsError(f"{what}={text!r} is not JSON: {error}", example) from None
+    if not isinstance(settings, dict):
+        raise SettingsError(f"{what}={text!r} is not a JSON object of settings", example)
+    return settings
+
+
 def parse_sets(assignments: Sequence[str]) -> dict[str, Any]:
     """`a.b=c` words as nested plain values; the value is read as YAML, so `null`, `true` and `[1, 2]` mean what they say.
 

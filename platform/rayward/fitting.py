@@ -31,19 +31,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from rayward import checkpoints, cluster, metrics
+from rayward import adapters, checkpoints, cluster, metrics
+from rayward.adapters import LoraSettings
 from rayward.batching import BatchSettings
 from rayward.config import as_dict, flatten, resolve
 from rayward.errors import Interrupted, RaywardError, SettingsError
+from rayward.heads import Reading
 from rayward.labels import LABELERS
 from rayward.objectives import Objective, make_objective
 from rayward.progress import Progress
 from rayward.records import examples_of, rejects_table
 from rayward.rendering import Groups, Renderer, RenderSettings, write_groups
-from rayward.reward_model import Loaded, ModelSettings, load_model, read_notes, save_model, score_groups, tiny_model
+from rayward.reward_model import Loaded, ModelSettings, is_bf16, load_model, read_notes, register_tag, save_model, score_groups, tiny_model
+from rayward.sharding import shard
 from rayward.splits import Shares, side
 from rayward.storage import Dataset, open_dataset
-from rayward.training import Report, Run, Team, TrainSettings, train
+from rayward.training import Report, Run, Team, TrainSettings, freeze, over, train
 
 TRACKING = "tracking.json"  # in OUTPUT: which tracked run it belongs to
 
@@ -63,10 +66,20 @@ class FitSettings:
     batch: BatchSettings
     train: TrainSettings
     validation_share: float  # share of prompts held out where the examples have no validation side
+    objective_settings: str = "{}"  # JSON of the loss's own settings
+    lora: LoraSettings = LoraSettings()
+    regularise: str = "{}"  # JSON of regularisers and their weights
 
     def __post_init__(self) -> None:
         if not 0 <= self.validation_share < 1:
             raise SettingsError(f"validation_share={self.validation_share} is not a share", "give 0 (no validation) to 0.5")
+        if self.objective != "auto":
+            self.made_objective()
+        adapters.check(self.lora)
+
+    def made_objective(self) -> Objective:
+        """The objective with its settings and regularisers."""
+        return make_objective(self.objective, self.objective_settings, self.regularise)
 
 
 @dataclass(frozen=True)
@@ -150,9 +163,11 @@ class Prepared:
         else:
             _train_on_workers(folder, settings, self.workers, report)
         state = _load_kept(folder, settings, loaded)
-        held, objective = _held_groups(folder), make_objective(settings.objective)
+        held, objective = _held_groups(folder), settings.made_objective()
         notes = {
             "objective": settings.objective,
+            "objective_settings": settings.objective_settings,
+            "regularise": settings.regularise,
             "labeler": self.sides.labeler,
             "render": as_dict(settings.render),
             "base_model": settings.model,
@@ -160,9 +175,13 @@ class Prepared:
             "data_digest": self.sides.dataset.manifest.digest,
             "chat_template_sha256": hashlib.sha256(str(loaded.tokenizer.chat_template).encode()).hexdigest(),
             "temperature": _temperature(loaded, held, objective, settings) if held is not None else None,
+            **({"lora": as_dict(settings.lora)} if settings.lora.rank else {}),
         }
+        if settings.lora.rank:
+            adapters.merge(loaded.model.classifier)
         model = folder / "model"
-        if not model.is_dir() or read_notes(model) != {**notes, "pooling": loaded.model.pooling}:
+        own = {"pooling": loaded.model.pooling, "head": loaded.model.reading.as_notes()}
+        if not model.is_dir() or read_notes(model) != {**notes, **own}:
             shutil.rmtree(model, ignore_errors=True)
             _save_whole(Loaded(loaded.model, loaded.tokenizer, notes), model)
         rejects = pq.read_table(folder / "groups" / "rejects.parquet").num_rows
@@ -174,22 +193,26 @@ class Prepared:
 
 def prepare(settings: FitSettings, output: str, workers: int = 1) -> Prepared:
     """Look at everything that a fit needs, and make what it starts from: the model and the examples in tokens."""
+    if settings.train.shard and workers == 1:
+        raise SettingsError("train.shard=true spreads a model over workers, and there is one", "ask for more: --workers 2")
     if workers < 1:
         raise SettingsError(f"workers={workers} cannot train", "1 trains in this process, more on Ray Train workers")
     folder = Path(output).absolute()
     sides = open_sides(settings.examples, settings.validation_share)
     settings = replace(settings, objective=_objective_name(settings.objective, sides))
-    objective = make_objective(settings.objective)
+    objective = settings.made_objective()
+    settings = replace(settings, net=_fit_head(settings.net, objective))
     _claim(folder, settings, sides)
     loaded = _prepare(folder, settings, sides)
     groups = Groups(folder / "groups" / "train")
+    _check_head(settings.objective, objective, loaded.model.reading)
     _check_targets(settings.objective, objective, groups)
     if loaded.model.pooling != "last" and groups.has_steps():
         raise SettingsError(
             f"pooling={loaded.model.pooling} gives one score to a whole answer, and these examples have a target for every step",
             "use a decoder (with --set net.pooling=last)",
         )
-    return Prepared(folder, settings, sides, loaded, workers)
+    return Prepared(folder, settings, sides, _for_training(loaded, settings), workers)
 
 
 def fit(settings: FitSettings, output: str, workers: int = 1, report: Report = lambda line: None) -> Fitted:
@@ -216,6 +239,18 @@ def _objective_name(name: str, sides: Sides) -> str:
             "name one, e.g. --objective bradley_terry",
         )
     return LABELERS[sides.labeler].objective
+
+
+def _fit_head(net: ModelSettings, objective: Objective) -> ModelSettings:
+    """The head that an objective needs, where none is named."""
+    return replace(net, head=objective.head) if objective.head and net.head == "auto" else net
+
+
+def _check_head(name: str, objective: Objective, reading: Reading) -> None:
+    if objective.head and reading.kind != objective.head:
+        raise SettingsError(
+            f"objective={name} needs a head of kind {objective.head}, and the model has {reading.kind}", "leave net.head out"
+        )
 
 
 def _check_targets(name: str, objective: Objective, groups: Groups) -> None:
@@ -258,24 +293,17 @@ def _claim(folder: Path, settings: FitSettings, sides: Sides) -> None:
 def _prepare(folder: Path, settings: FitSettings, sides: Sides) -> Loaded:
     """The model to start from and the examples in tokens, once; a run that goes on finds them there."""
     start, ready = folder / "start", folder / "groups" / "rejects.parquet"
-    if settings.model == "tiny":
-        if not start.is_dir():
-            words = (e for table in sides.tables("train") for e in examples_of(table))
-            fresh = tiny_model(words, settings.net, settings.render.max_length, settings.train.seed)
+    if not start.is_dir():
+        fresh = _fresh(settings, sides)
+        tagged = bool(settings.render.step_tag) and register_tag(fresh, settings.render.step_tag)
+        if settings.model == "tiny" or settings.net.new_head or tagged:
             _save_whole(fresh, start)
-        loaded = load_model(str(start), replace(settings.net, new_head=False), settings.render.max_length)
-    elif settings.net.new_head:
-        if not start.is_dir():
-            torch.manual_seed(settings.train.seed)
-            _save_whole(load_model(settings.model, settings.net, settings.render.max_length), start)
-        loaded = load_model(str(start), replace(settings.net, new_head=False), settings.render.max_length)
-    else:
-        loaded = load_model(settings.model, settings.net, settings.render.max_length)
+    loaded = _load_start(folder, settings)
     if not loaded.model.shares_prefix:
         print("this model cannot share a prompt among its answers: every answer is a sequence of its own, with the prompt in front")
     if not ready.is_file():
         shutil.rmtree(folder / "groups", ignore_errors=True)
-        renderer = Renderer(loaded.tokenizer, settings.render)
+        renderer = Renderer(loaded.tokenizer, settings.render, loaded.model.reading.attributes)
         rejects = write_groups(folder / "groups" / "train", sides.tables("train"), renderer)
         if any(table.num_rows for table in sides.tables("validation")):
             rejects += write_groups(folder / "groups" / "validation", sides.tables("validation"), renderer, "validation example")
@@ -284,6 +312,35 @@ def _prepare(folder: Path, settings: FitSettings, sides: Sides) -> Loaded:
     if reasons:
         said = ", ".join(f"{reason} {n:,}" for reason, n in reasons.most_common())
         print(f"{sum(reasons.values()):,} examples left out ({said}); see {ready}")
+    return loaded
+
+
+def _fresh(settings: FitSettings, sides: Sides) -> Loaded:
+    """The model before anything is learned: made from scratch, or loaded, with a new head where one is asked for."""
+    first = next((e for table in sides.tables("train") for e in examples_of(table.slice(0, 1))), None)
+    attributes = first.attributes if first else ()
+    if settings.model == "tiny":
+        words = (e for table in sides.tables("train") for e in examples_of(table))
+        return tiny_model(words, settings.net, settings.render.max_length, settings.train.seed, attributes)
+    torch.manual_seed(settings.train.seed)
+    return load_model(settings.model, settings.net, settings.render.max_length, attributes)
+
+
+def _load_start(folder: Path, settings: FitSettings) -> Loaded:
+    """What every worker starts from: what `_fresh` left in OUTPUT/start, or the model that was named, untouched."""
+    start = folder / "start"
+    how = adapters.quantized(settings.lora)
+    if start.is_dir():
+        return load_model(str(start), replace(settings.net, new_head=False, head="auto"), settings.render.max_length, how=how)
+    return load_model(settings.model, settings.net, settings.render.max_length, how=how)
+
+
+def _for_training(loaded: Loaded, settings: FitSettings) -> Loaded:
+    """The model with what is trained of it: adapters, or the layers that are not frozen."""
+    adapters.add(loaded.model.classifier, loaded.model.head_name, settings.lora)
+    freeze(loaded.model, settings.train.freeze_layers)
+    if settings.train.recompute:
+        loaded.model.classifier.gradient_checkpointing_enable({"use_reentrant": False})
     return loaded
 
 
@@ -307,7 +364,7 @@ def _run(folder: Path, settings: FitSettings, loaded_model: Any, report: Report,
         model=loaded_model,
         groups=Groups(folder / "groups" / "train"),
         validation=_held_groups(folder),
-        objective=make_objective(settings.objective),
+        objective=settings.made_objective(),
         train=settings.train,
         batch=settings.batch,
         folder=folder / "run",
@@ -344,7 +401,7 @@ def _telling(bar: Progress, report: Report) -> Report:
 def _train_on_workers(folder: Path, settings: FitSettings, workers: int, report: Report) -> None:
     """A TorchTrainer group whose workers read and write OUTPUT; this process shows the progress and passes the metrics on."""
     total, kept = _run(folder, settings, None, report, Team()).total, checkpoints.steps(folder / "run")
-    if kept and checkpoints.read_state(kept[-1])["step"] == total:
+    if kept and ((state := checkpoints.read_state(kept[-1]))["step"] == total or over(state, settings.train)):
         return
     with cluster.connect() as ray:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -394,11 +451,12 @@ def _worker(config: dict[str, Any]) -> None:
 
     folder, settings = Path(config["folder"]), resolve(FitSettings, config["settings"])
     device = ray.train.torch.get_device()
-    start = folder / "start"
-    path = str(start) if start.is_dir() else settings.model
-    loaded = load_model(path, replace(settings.net, new_head=False), settings.render.max_length)
+    loaded = _for_training(_load_start(folder, settings), settings)
     _set_threads(loaded.model, cluster.cores() // ray.train.get_context().get_local_world_size())
-    train(_run(folder, settings, loaded.model.to(device), lambda line: None, Team.here()))
+    model = loaded.model.to(device)
+    if settings.train.shard:
+        shard(model.classifier.base_model, device, bf16=is_bf16(device, settings.train.precision))
+    train(_run(folder, settings, model, lambda line: None, Team.here(settings.train.shard)))
 
 
 def _set_threads(model: torch.nn.Module, cores: int) -> None:
@@ -444,7 +502,11 @@ def _load_kept(folder: Path, settings: FitSettings, loaded: Loaded) -> dict[str,
     run = folder / "run"
     best = run / "best"
     path = best if settings.train.best_by != "last" and (best / "state.json").is_file() else checkpoints.steps(run)[-1]
+    if settings.train.shard and path != best:
+        path = run / "last"
     state = checkpoints.load(path, loaded.model.classifier, None)
+    if path != best and (tensors := checkpoints.load_average(path)) is not None:
+        loaded.model.classifier.load_state_dict(tensors, strict=False)
     return state if path == best else {"step": state["step"]}
 
 

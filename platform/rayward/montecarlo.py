@@ -7,53 +7,83 @@ Decisions are made in rounds over all solutions of a part at once (`schemes.Roun
 on one solution are in, its next draws are handed out, while others are still being written. Every completion lies word for word in a
 verdict log (`policies.asking`), so a run that is killed, or whose budget is spent, goes on with the same command, draws nothing twice, and
 decides the same; and labels can be graded again without drawing.
+
+With `scheme=auto` a pilot tells whether the policy repairs its own errors: every prefix of some wrong answers is drawn, the finding is
+said and lies beside the log as `pilot-*.json`, and the scheme that it names goes on with the draws of the pilot among its own.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from rayward import dataflow
-from rayward.config import choose, resolve
+from rayward.config import choose, parse_settings, resolve
 from rayward.dataflow import Made, Recipe
+from rayward.dataflow.engine import run, session
+from rayward.dataflow.recipe import announce
 from rayward.grading import Verdict, check_gold, grader_version, make_grader, verdict
 from rayward.labels.judgements import CONTINUATION, reject
-from rayward.policies import POLICIES, drawn_by, make_policy, parse_settings
+from rayward.policies import POLICIES, TOGETHER, Policy, drawn_by, make_policy
 from rayward.policies.asking import Asker, Budget, Question, Reply, VerdictLog
 from rayward.progress import Progress
 from rayward.records import BadRecord, Example, Rejected, Rollout, examples_table, prompt_id, rejects_table, rollouts_of
-from rayward.schemes import SCHEMES, Decision, FreeRules, Rounds, Scheme, Solution, make_scheme
+from rayward.schemes import (
+    SCHEMES,
+    AutoSettings,
+    Decision,
+    ExhaustiveSettings,
+    Finding,
+    FreeRules,
+    Rounds,
+    Scheme,
+    Solution,
+    State,
+    fresh,
+    make_scheme,
+    measure,
+    pilot,
+)
 from rayward.schemes import Budget as DrawBudget
 from rayward.steps import is_terminal
-from rayward.storage import Dataset, sibling
+from rayward.storage import Dataset, open_dataset, sibling
 
 VERDICTS = ("right", "wrong", "unparsed", "timeouts", "truncated", "failed")
 DIGITS = 9  # of an estimate that are kept: the last bits depend on what is computed beside it
 GOLD = ("gold", "reference")  # where provenance may hold the gold answer
 CHARACTERS = 4  # of a token, about
+AUTO = "auto"  # the scheme that a pilot chooses
+LOOK_AT, LOOK_IN = 20_000, 16  # rollouts that a pilot is chosen from, and parts of the source that they are read from
 
 
 @dataclass(frozen=True)
 class StepSampling:
     """How step values are found by drawing."""
 
-    policy: str = ""  # who continues the prefixes (policies.POLICIES); empty: nobody, continuations in the source are counted
+    policy: str = ""  # who continues the prefixes: toy, server, transformers, vllm or module:maker; empty: nobody, continuations in
+    # the source are counted
     policy_settings: str = "{}"  # JSON of the policy's own settings
-    scheme: str = "skew"  # which prefix is drawn next (schemes.SCHEMES): exhaustive, scan, bisect, skew, certified, posterior
+    scheme: str = "skew"  # which prefix is drawn next: exhaustive, scan, bisect, skew, certified, posterior; auto: a pilot on up to 100
+    # wrong answers finds whether the policy repairs its errors, and chooses skew or posterior
     scheme_settings: str = "{}"  # JSON of the scheme's own settings
-    want: Literal["hard", "soft"] = "hard"  # hard: is a prefix still good; soft: P(final answer right), by exhaustive or posterior
+    want: Literal["hard", "soft"] = "hard"  # hard: is a prefix still good; soft: P(final answer right), by exhaustive, posterior or auto
     grader: str = "numeric"  # how a final answer is held against the gold one (grading.GRADERS)
+    min_pass_rate: float = 0.0  # problems whose other answers end right less often are skipped: their steps cost most and tell least
+    max_pass_rate: float = 1.0  # problems whose other answers end right more often are skipped
+    max_unknown: int = 16  # draws of one prefix that cannot be graded after which its solution has no label
     most_per_solution: int = 0  # completions of one solution, beyond which it has no label (0: no limit)
-    max_requests: int = 0  # completions of all runs with one log (0: no limit)
+    max_requests: int = 0  # completions of all runs with one log, a pilot's among them (0: no limit)
     max_tokens: int = 0  # tokens of all runs with one log, read and written (0: no limit)
     seed: int = 0  # another seed is another draw
 
@@ -62,26 +92,61 @@ class StepSampling:
             choose(POLICIES, self.policy, "policy")
         if parse_settings(self.policy_settings, "policy_settings").get("temperature") == 0:
             raise ValueError("policy_settings: with temperature 0 all continuations of a prefix are one; take e.g. 0.7")
-        self.made_scheme()
+        if self.scheme == AUTO:
+            self.rules()
+            self.pilot()
+        else:
+            self.made_scheme()
         self.budgets()
 
     def budgets(self) -> tuple[Budget, DrawBudget]:
         """What all runs with one log may ask, and what one solution may."""
         return Budget(self.max_requests, self.max_tokens), DrawBudget(solution=self.most_per_solution)
 
+    def rules(self) -> FreeRules:
+        """What needs no completion, and what is not worth any."""
+        return FreeRules(self.want, min_pass_rate=self.min_pass_rate, max_pass_rate=self.max_pass_rate, max_unknown=self.max_unknown)
+
+    def pilot(self) -> AutoSettings:
+        """The pilot of scheme=auto."""
+        settings: AutoSettings = resolve(AutoSettings, parse_settings(self.scheme_settings, "scheme_settings"), "scheme_settings.")
+        return settings
+
     def made_scheme(self) -> Scheme:
         """The scheme with its settings and the free rules around it."""
         entry = choose(SCHEMES, self.scheme, "scheme")
         settings: Any = resolve(entry.settings, parse_settings(self.scheme_settings, "scheme_settings"), "scheme_settings.")
-        return make_scheme(self.scheme, settings, FreeRules(want=self.want))
+        return make_scheme(self.scheme, settings, self.rules())
+
+    def who(self) -> str:
+        """Who draws, as logs and labels name it."""
+        return drawn_by(self.policy, parse_settings(self.policy_settings, "policy_settings"))
+
+    def asker(self, log: Path) -> Asker:
+        """The policy with its log and budget."""
+        return Asker(_policy(self.policy, self.policy_settings), self.who(), VerdictLog(log, hold=256), self.budgets()[0], self.seed)
+
+
+@lru_cache(maxsize=1)
+def _policy(name: str, settings: str) -> Policy:
+    """The policy of this process: a model is loaded once, for the pilot and for what follows."""
+    return make_policy(name, parse_settings(settings, "policy_settings"))
 
 
 def label_steps(recipe: Recipe, source: Dataset, settings: StepSampling, log: str = "", actors: int = 1) -> Dataset:
     """Step examples of the answers of a dataset of rollouts, by drawing."""
-    folder = Path(log) if log else sibling(Path(recipe.output), "verdicts")
+    folder = (Path(log) if log else sibling(Path(recipe.output), "verdicts")).absolute()
     name = Path(recipe.output).name
-    make = partial(_PartLabeler, settings, str(folder.absolute()), name)
-    [made] = dataflow.transform(recipe, source, make, kind="examples", actors=actors)
+    if recipe.already_made():
+        made = announce(open_dataset(recipe.output, "examples"))
+    else:
+        try:
+            with session(recipe.engine, source.bytes):
+                finding = find_out(recipe, source, settings, folder) if settings.scheme == AUTO else None
+                make = partial(_PartLabeler, settings, finding, str(folder), name)
+                [made] = dataflow.transform(recipe, source, make, kind="examples", actors=actors)
+        finally:
+            _policy.cache_clear()
     spent, counts = VerdictLog(folder).spent(), Counter[str]()
     for file in sorted((folder / "tally" / name).glob("*.json")):
         counts += Counter(json.loads(file.read_text(encoding="utf-8")))
@@ -90,24 +155,95 @@ def label_steps(recipe: Recipe, source: Dataset, settings: StepSampling, log: st
     return made
 
 
+# -------------------------------------------------------------------------------------------------------------------- the pilot
+
+
+def find_out(recipe: Recipe, source: Dataset, settings: StepSampling, log: Path) -> Finding:
+    """What a pilot says of the policy, in words on stderr: from beside the log, where an earlier run left it, or drawn now."""
+    told = {**asdict(settings.rules()), **asdict(settings.pilot())}
+    told |= {name: getattr(settings, name) for name in ("grader", "most_per_solution", "seed")}
+    about = {"source": source.manifest.digest, "policy": settings.who(), **told}
+    path = log / f"pilot-{hashlib.blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=6).hexdigest()}.json"
+    if path.is_file():
+        found = json.loads(path.read_text(encoding="utf-8"))
+    else:
+        parts = source.parts
+        few = [parts[n * len(parts) // LOOK_IN] for n in range(LOOK_IN)] if len(parts) > LOOK_IN else parts
+        task = {"files": [str(file.absolute()) for file in few], "rows": source.manifest.out}
+        [found] = run(
+            [task], partial(_Pilot, settings, str(log)), what="pilot", unit="pilots", engine=recipe.engine, size=source.bytes, actors=1
+        )
+        log.mkdir(parents=True, exist_ok=True)
+        aside = path.with_suffix(f".{os.getpid()}")
+        aside.write_text(json.dumps({**found, "about": about}, indent=2) + "\n", encoding="utf-8")
+        os.replace(aside, path)
+    print(f"{path}: {found['finding']['says']}; {found['completions']:,} completions", file=sys.stderr)
+    return Finding(**found["finding"])
+
+
+class _Pilot:
+    """Draws every prefix of some wrong answers, and measures."""
+
+    def __init__(self, settings: StepSampling, log: str):
+        self.settings = settings
+        make_grader(settings.grader)
+        self.asker = settings.asker(Path(log))
+
+    def __call__(self, task: Mapping[str, Any]) -> dict[str, Any]:
+        rollouts = _first_rows(task["files"], LOOK_AT)
+        answers, solutions, chosen = self._choose(rollouts, task["rows"])
+        settings, (_, budget) = self.settings, self.settings.budgets()
+        every = make_scheme("exhaustive", ExhaustiveSettings(settings.pilot().n), settings.rules())
+        drawn = draw([answers[i] for i in chosen], every, self.asker, settings.grader, budget, [solutions[i] for i in chosen], "pilot")
+        states = [tally.state(solutions[i]) for i, tally in zip(chosen, drawn.tallies, strict=True)]
+        finding = measure(states, settings.want, settings.pilot())
+        return {"finding": asdict(finding), "completions": drawn.completions, "looked_at": len(rollouts)}
+
+    def _choose(self, rollouts: Sequence[Rollout], rows: int) -> tuple[list[Rollout], list[Solution], list[int]]:
+        """Answers that can be labelled, what the schemes are told of them, and which of them are the pilot: some that end wrong."""
+        rules, auto, most = self.settings.rules(), self.settings.pilot(), self.settings.most_per_solution
+        answers = [rollout for rollout in rollouts if not unfit(rollout)]
+        solutions = solutions_of(answers)
+        may = [
+            i for i, s in enumerate(solutions) if rules.known(fresh(s)) is None and not (most and auto.n * (s.steps - 1) > most)
+        ]  # fmt: skip
+        wrong = sum(solutions[i].outcome is False for i in may) * rows / max(1, len(rollouts))
+        size = auto.size(wrong)
+        return answers, solutions, [may[n] for n in pilot([solutions[i] for i in may], replace(auto, pilot=size))] if size else []
+
+
+def _first_rows(files: Sequence[str], rows: int) -> list[Rollout]:
+    """So many rollouts, as many from the head of each file; parts are sorted by hash, so these are some by chance."""
+    found: list[Rollout] = []
+    for file in files:
+        with pq.ParquetFile(file) as part:
+            batch = next(part.iter_batches(batch_size=max(1, rows // len(files))), None)
+            if batch is not None:
+                found += rollouts_of(pa.Table.from_batches([batch]))
+    return found
+
+
+# -------------------------------------------------------------------------------------------------------------------- the parts
+
+
 class _PartLabeler:
     """Makes the policy once, labels part after part."""
 
-    def __init__(self, settings: StepSampling, log: str, name: str):
-        self.settings, self.name = settings, name
-        how = parse_settings(settings.policy_settings, "policy_settings")
-        self.who = drawn_by(settings.policy, how)
+    def __init__(self, settings: StepSampling, finding: Finding | None, log: str, name: str):
+        if finding is not None:
+            settings = replace(settings, scheme=finding.scheme, scheme_settings=json.dumps(finding.settings))
+        self.settings, self.finding, self.name = settings, finding, name
         make_grader(settings.grader)  # what it needs must be here before anything is drawn
         self.scheme = settings.made_scheme()
-        budget, self.budget = settings.budgets()
-        self.asker = Asker(make_policy(settings.policy, how), self.who, VerdictLog(Path(log), hold=256), budget, settings.seed)
+        self.budget = settings.budgets()[1]
+        self.asker = settings.asker(Path(log))
 
     def __call__(self, table: pa.Table) -> Made:
         rollouts = rollouts_of(table)
         answers: list[Rollout] = []
         rejects: list[Rejected] = []
         for rollout in rollouts:
-            reason = self._unfit(rollout)
+            reason = unfit(rollout)
             if reason:
                 rejects.append(reject(rollout, reason))
             else:
@@ -132,18 +268,6 @@ class _PartLabeler:
             counts = {name: sum(sum(getattr(t, name)) for t in drawn.tallies) for name in VERDICTS}
             counts["abstained"] = sum(bool(d.abstained) for d in drawn.decisions)
             (folder / f"{table['prompt_id'][0].as_py()[:16]}.json").write_text(json.dumps(counts), encoding="utf-8")
-
-    def _unfit(self, rollout: Rollout) -> str:
-        """Why a rollout cannot be labelled, or nothing."""
-        if rollout.continues is not None:
-            return CONTINUATION.format(rollout.continues)
-        if rollout.correct is None:
-            return "no outcome"
-        try:
-            check_gold(gold_of(rollout))
-        except BadRecord as error:
-            return str(error)
-        return ""
 
     def _example(self, answer: Rollout, decision: Decision, tally: Tally) -> Example | Rejected:
         values = list(decision.hard if self.settings.want == "hard" else decision.soft)
@@ -174,7 +298,21 @@ class _PartLabeler:
             "prompt_tokens": tally.prompt_tokens,
         }
         said = {name: json.dumps(value) for name, value in numbers.items()}
-        return {**said, "estimate": self.settings.scheme, "policy": self.who, "verifier": grader_version(self.settings.grader)}
+        said |= {"estimate": self.settings.scheme, "policy": self.asker.who, "verifier": grader_version(self.settings.grader)}
+        return said if self.finding is None else {**said, "pilot": self.finding.short}
+
+
+def unfit(rollout: Rollout) -> str:
+    """Why a rollout cannot be labelled, or nothing."""
+    if rollout.continues is not None:
+        return CONTINUATION.format(rollout.continues)
+    if rollout.correct is None:
+        return "no outcome"
+    try:
+        check_gold(gold_of(rollout))
+    except BadRecord as error:
+        return str(error)
+    return ""
 
 
 def _rounded(values: Sequence[float | None], steps: int) -> list[float | None]:
@@ -205,6 +343,11 @@ class Tally:
     def graded(self) -> list[int]:
         """Verdicts that are known."""
         return [r + w for r, w in zip(self.right, self.wrong, strict=True)]
+
+    def state(self, of: Solution) -> State:
+        """The counts as the schemes have them: of the steps before the answer is stated."""
+        unknown = [sum(n) for n in zip(self.unparsed, self.timeouts, self.truncated, self.failed, strict=True)]
+        return State(of, *(tuple(n[: of.steps]) for n in (self.right, self.wrong, unknown)))
 
 
 @dataclass(frozen=True)
@@ -244,9 +387,40 @@ def solutions_of(answers: Sequence[Rollout]) -> list[Solution]:
     return made
 
 
-def draw(answers: Sequence[Rollout], scheme: Scheme, asker: Asker, grader: str, budget: DrawBudget) -> Drawn:
-    """Draw, grade and decide until every answer is decided."""
-    rounds = Rounds(solutions_of(answers), scheme, budget)
+def capacity(policy: Policy) -> int:
+    """Requests that a policy works on at once; 0 where it does not say.
+
+    >>> from rayward.policies import ToyPolicy
+    >>> capacity(ToyPolicy())
+    256
+    """
+    said = getattr(policy, "settings", None)
+    named = [getattr(said, name) for name in ("concurrency", "batch_size") if hasattr(said, name)]
+    return int(named[0]) if named else 0 if hasattr(policy, "stream") else TOGETHER
+
+
+def draw(
+    answers: Sequence[Rollout],
+    scheme: Scheme,
+    asker: Asker,
+    grader: str,
+    budget: DrawBudget,
+    solutions: Sequence[Solution] | None = None,
+    what: str = "draw",
+) -> Drawn:
+    """Draw, grade and decide until every answer is decided.
+
+    Args:
+        answers: what is to be labelled.
+        scheme: decides.
+        asker: draws, or knows.
+        grader: name in grading.GRADERS.
+        budget: most completions.
+        solutions: what the scheme is told of the answers; None: what they say of each other (`solutions_of`).
+        what: what the progress bar calls it. Behind it stand completions, tokens spent by this run, requests in flight of those that
+            the policy works on at once, and unknown verdicts.
+    """
+    rounds = Rounds(solutions_of(answers) if solutions is None else solutions, scheme, budget)
     tallies = [Tally.of(len(a.steps)) for a in answers]
     golds = [gold_of(a) for a in answers]
     asked = flying = 0
@@ -284,13 +458,17 @@ def draw(answers: Sequence[Rollout], scheme: Scheme, asker: Asker, grader: str, 
                     asked, flying = asked + 1, flying + 1
                     yield question
 
-    with Progress("draw", total=len(answers), unit="solutions") as bar:
+    room, tokens, last = capacity(asker.policy), 0, None
+    with Progress(what, total=len(answers), unit="solutions") as bar:
         for question, reply in asker.flow(questions()):
             flying -= 1
+            tokens += 0 if reply is last else reply.generated_tokens + reply.prompt_tokens  # one draw may be told to several answers
+            last = reply
             told(int(question.about["solution"]), question, reply)
             counters = rounds.counters
-            words = {"completions": f"{counters.completions:,}", "in the air": str(flying), "unknown": str(counters.unknown)}
-            bar.advance(counters.decided - bar.done, **words)
+            words = {"completions": f"{counters.completions:,}", "tokens": f"{tokens:,}", "in flight": str(flying)}
+            words["in flight"] += f"/{room}" if room else ""
+            bar.advance(counters.decided - bar.done, **words, unknown=f"{counters.unknown:,}")
         bar.advance(rounds.counters.decided - bar.done)
     decisions = [decision for decision in rounds.decisions if decision is not None]
     assert len(decisions) == len(answers), f"{len(answers) - len(decisions)} answers are undecided, and nothing is left to draw"

@@ -10,10 +10,19 @@ from __future__ import annotations
 import os
 import sys
 import time
+from functools import cache
 from types import TracebackType
 from typing import Any
 
 LOG_EVERY_S = 30.0  # seconds between two lines where there is no terminal
+
+
+@cache
+def _terminal() -> Any:
+    """One for all bars: two of their own would write over each other."""
+    from rich.console import Console
+
+    return Console(stderr=True)
 
 
 class Progress:
@@ -30,7 +39,6 @@ class Progress:
     def __enter__(self) -> Progress:
         if sys.stderr.isatty() and os.environ.get("RAYWARD_PROGRESS") != "log":
             from rich import progress
-            from rich.console import Console
 
             self._bar = progress.Progress(
                 progress.TextColumn("{task.description}"),
@@ -39,7 +47,7 @@ class Progress:
                 progress.TextColumn("{task.fields[unit]}"),
                 progress.TimeRemainingColumn(compact=True),
                 progress.TextColumn("{task.fields[words]}"),
-                console=Console(stderr=True),
+                console=_terminal(),
             )
             self._bar.start()
             self._task = self._bar.add_task(self.what, total=self.total, completed=self.done, unit=self.unit, words="")

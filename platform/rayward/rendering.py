@@ -35,10 +35,13 @@ class RenderSettings:
     max_length: int = 2048  # tokens of a prompt with one answer
     too_long: Literal["reject", "cut_prompt", "cut_answer", "cut"] = "reject"  # what is done with more: left out with both lengths said,
     # the start of the prompt cut off, the end of the answer, or the prompt down to a quarter of max_length and then the answer
+    step_tag: str = ""  # a token put after every step, whose place is read instead of the step's last token, e.g. <extra_0>
 
     def __post_init__(self) -> None:
         if self.max_length < 2:
             raise ValueError(f"max_length={self.max_length} must be at least 2 tokens")
+        if self.step_tag != self.step_tag.strip():
+            raise ValueError(f"step_tag={self.step_tag!r} must not begin or end with white space: it would not be a token of its own")
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ class Group:
     place_K: np.ndarray  # int32; where in token_T a score is read, one per target
     target_K: np.ndarray  # float32
     weight: float
+    count_K: np.ndarray | None = None  # float32; verdicts behind each target; None: one
+    column_K: np.ndarray | None = None  # int32; which attribute each target is about; None: the targets have no names
 
     @property
     def answers(self) -> int:
@@ -63,9 +68,9 @@ class Group:
 
 
 class Renderer:
-    """A tokenizer and how it is used."""
+    """A tokenizer and how it is used; `attributes` are the named outputs of the model that reads what is rendered."""
 
-    def __init__(self, tokenizer: Any, settings: RenderSettings):
+    def __init__(self, tokenizer: Any, settings: RenderSettings, attributes: Sequence[str] = ()):
         if not getattr(tokenizer, "is_fast", False):
             raise ModelError(
                 f"{type(tokenizer).__name__} does not tell which characters a token covers, so step ends cannot be placed",
@@ -73,8 +78,10 @@ class Renderer:
             )
         self.tokenizer = tokenizer
         self.settings = settings
+        self.attributes = tuple(attributes)
         self.templated = bool(getattr(tokenizer, "chat_template", None))
         self.before, self.after = ([], []) if self.templated else _special_tokens(tokenizer)
+        self.tag = step_tag_id(tokenizer, settings.step_tag) if settings.step_tag else None
 
     def render(self, examples: Iterable[Example]) -> Iterator[Group | Rejected]:
         """Each example as a group, or why it cannot be one, in the same order."""
@@ -106,7 +113,11 @@ class Renderer:
 
     def _texts(self, example: Example) -> _Texts | str:
         """The pieces to tokenize, and where in each answer's piece its segments end; or a reason."""
-        answers = ["".join(answer) for answer in example.answers]
+        tag = self.settings.step_tag
+        if tag and any((segment + tag).find(tag) < len(segment) for answer in example.answers for segment in answer):
+            return f"step tag: the answer itself contains {tag}"
+        pieces = [[segment + tag for segment in answer] for answer in example.answers]
+        answers = ["".join(answer) for answer in pieces]
         if self.templated:
             from jinja2.exceptions import TemplateError
 
@@ -122,7 +133,7 @@ class Renderer:
         else:
             prompt, tails = plain(example.prompt), answers
         ends = []
-        for answer, segments, tail in zip(answers, example.answers, tails, strict=True):
+        for answer, segments, tail in zip(answers, pieces, tails, strict=True):
             stripped = answer.strip()
             at = tail.rfind(stripped) - (len(answer) - len(answer.lstrip()))
             if len(segments) > 1 and stripped not in tail:
@@ -144,6 +155,10 @@ class Renderer:
             tokens = list(tokens) + self.after
             starts = np.array([start for start, _ in offsets])
             at = [int(np.searchsorted(starts, end, side="left")) - 1 for end in ends[:-1]] + [len(tokens) - 1]
+            if self.tag is not None:
+                at = [n for n, token in enumerate(tokens) if token == self.tag]
+                if len(at) != len(ends):
+                    return f"step tag: {len(ends)} steps were rendered with {len(at)} tokens {self.settings.step_tag}"
             if not tokens or at[0] < 0:
                 return "no token: a segment has none of its own"
             if len(set(at)) < len(at):
@@ -163,13 +178,30 @@ class Renderer:
             )
             return f"identical {was}: both answers are the same {len(ids[0])} tokens"
         starts = np.cumsum([len(prompt), *map(len, ids)])
+        place_K = np.array([start + p for start, at in zip(starts, places, strict=False) for p in at], np.int32)
+        names = max(1, len(example.attributes))
         return Group(
             token_T=np.array(prompt + [t for i in ids for t in i], np.int32),
             length_A=np.array([len(prompt), *map(len, ids)], np.int32),
-            place_K=np.array([start + p for start, at in zip(starts, places, strict=False) for p in at], np.int32),
+            place_K=np.repeat(place_K, names),
             target_K=np.array(example.targets, np.float32),
             weight=example.weight,
+            count_K=np.array(example.counts, np.float32),
+            column_K=np.tile(columns, len(place_K)) if len(columns := self._columns(example)) else None,
         )
+
+    def _columns(self, example: Example) -> np.ndarray:
+        """Which output of the model each named target is about; nothing where there is one output or the targets have no names."""
+        missing = [name for name in example.attributes if name not in self.attributes]
+        if self.attributes and not missing:
+            return np.array([self.attributes.index(name) for name in example.attributes], np.int32)
+        if len(example.attributes) > 1:
+            raise DataError(
+                f"example {example.id} has targets called {', '.join(example.attributes)}, and the model "
+                + (f"knows {', '.join(self.attributes)}" if self.attributes else "gives one score"),
+                "label one of them (rayward run label_attributes ... --attributes NAME), or train with --set net.head=attributes",
+            )
+        return np.empty(0, np.int32)
 
     def _fit(self, prompt: list[int], ids: list[list[int]], places: list[list[int]]) -> tuple[list[int], list[list[int]]] | str:
         """What fits into max_length, cut as the settings say; or a reason with both lengths."""
@@ -183,7 +215,7 @@ class Renderer:
         room = limit - keep
         if how == "reject" or room < 1 or (how == "cut_prompt" and room < longest):
             return too_long
-        if any(p >= room for at in places for p in at[:-1]):
+        if any(p >= room for at in places for p in (at if self.tag is not None else at[:-1])):
             return too_long + ", and the end of a step would be cut off"
         prompt = prompt[:fixed] + prompt[len(prompt) - (keep - fixed) :]
         for n, tokens in enumerate(ids):
@@ -226,6 +258,33 @@ def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
     return before, after
 
 
+def tag_token(tokenizer: Any, tag: str) -> int | None:
+    """The one token that a tag is wherever it stands; None if it is several, unknown, or melts into the text beside it."""
+    beside = [("", ""), ("1", "1"), ("a", "a"), (".", "\n"), (" ", " "), ("\n\n", "S")]
+    rows = tokenizer([before + tag + after for before, after in beside], add_special_tokens=False)["input_ids"]
+    alone = rows[0][0] if len(rows[0]) == 1 else None
+    return alone if alone not in (None, tokenizer.unk_token_id) and all(row.count(alone) == 1 for row in rows) else None
+
+
+def step_tag_id(tokenizer: Any, tag: str) -> int:
+    """The one token that a step tag is; a tag that is none is an error (training registers it: reward_model.register_tag).
+
+    Raises:
+        ModelError: if the tag is not one token wherever it stands, or a token that means something else (end of text, padding).
+    """
+    known = tag_token(tokenizer, tag)
+    if known is None:
+        raise ModelError(
+            f"step_tag={tag} is not one token of this tokenizer wherever it stands",
+            "train with it: render.step_tag registers it as a token",
+        )
+    if taken := [name for name, text in tokenizer.special_tokens_map.items() if text == tag]:
+        raise ModelError(
+            f"step_tag={tag} is the {taken[0]} of this tokenizer, which stands elsewhere too", "choose another, e.g. <extra_0>"
+        )
+    return known
+
+
 # -------------------------------------------------------------------------------------------------------- groups at rest
 
 _FILE = "groups.arrow"
@@ -237,6 +296,8 @@ _SCHEMA = pa.schema(
         ("place_K", pa.list_(pa.int32())),
         ("target_K", pa.list_(pa.float32())),
         ("weight", pa.float64()),
+        ("count_K", pa.list_(pa.float32())),
+        ("column_K", pa.list_(pa.int32())),  # empty where the targets have no names
     ]
 )
 
@@ -261,7 +322,7 @@ class Groups:
 
     def has_steps(self) -> bool:
         """Whether some answer has more places than its end."""
-        return any(len(self[n].place_K) > self[n].answers for n in range(len(self)))
+        return any(len(np.unique(self[n].place_K)) > self[n].answers for n in range(len(self)))
 
     def has_order(self) -> bool:
         """Whether some example has two different targets, which is what comparing objectives learn from."""
@@ -277,7 +338,7 @@ class _Columns:
     """One record batch as numpy views of the mapped file: nothing is copied."""
 
     def __init__(self, batch: pa.RecordBatch):
-        names = ("token_T", "length_A", "place_K", "target_K")
+        names = ("token_T", "length_A", "place_K", "target_K", "count_K", "column_K")
         self.offsets = {name: batch[name].offsets.to_numpy() for name in names}
         self.values = {name: batch[name].values.to_numpy() for name in names}
         self.weight = batch["weight"].to_numpy()
@@ -285,22 +346,21 @@ class _Columns:
     def group(self, n: int) -> Group:
         """Row `n`."""
         parts = {name: self.values[name][at[n] : at[n + 1]] for name, at in self.offsets.items()}
+        if not len(parts["column_K"]):
+            parts["column_K"] = None
         return Group(**parts, weight=float(self.weight[n]))
 
 
 def _known(example: Example, group: Group) -> Group | Rejected:
     """The group without the places of which nobody knows the target."""
-    if len(example.attributes) > 1:
-        raise DataError(
-            f"example {example.id} has several targets per answer ({', '.join(example.attributes)}), and a model gives one score",
-            "label one of them: rayward run label_attributes ... --attributes NAME",
-        )
     if all(example.counts):
         return group
     known = np.array(example.counts) > 0
     if not known.any():
         return _reject(example, "no target: nobody judged any of its segments")
-    return replace(group, place_K=group.place_K[known], target_K=group.target_K[known])
+    assert group.count_K is not None
+    column_K = None if group.column_K is None else group.column_K[known]
+    return replace(group, place_K=group.place_K[known], target_K=group.target_K[known], count_K=group.count_K[known], column_K=column_K)
 
 
 def write_groups(folder: Path, tables: Iterable[pa.Table], renderer: Renderer, what: str = "example") -> list[Rejected]:

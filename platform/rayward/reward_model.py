@@ -1,7 +1,7 @@
-"""Reward models: a Hugging Face sequence-classification model with one output, read at the places a batch names.
+"""Reward models: a Hugging Face sequence-classification model, read at the places a batch names.
 
     hidden_BTD  what the body says at every token         pooled_GKD  what is read at every place
-    score_GK    the head's answer, in float32
+    output_GKC  the head's answer, in float32             score_GK    what it comes to (heads.Reading)
 
 What is saved is a plain Hugging Face folder (config.json, model.safetensors, tokenizer): `AutoModelForSequenceClassification` loads
 it, and gives the same score for one unpadded sequence where the pooling is the model's own. `config.json` carries a `rayward` entry:
@@ -16,23 +16,26 @@ from __future__ import annotations
 import inspect
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from rayward.batching import Batch, BatchSettings, collate, micro_batches
-from rayward.errors import ModelError
+from rayward import attention, heads
+from rayward.batching import ANSWERS, Batch, BatchSettings, collate, micro_batches
+from rayward.config import choose, parse_settings
+from rayward.errors import ModelError, RaywardError
+from rayward.heads import Reading
 from rayward.records import Example
-from rayward.rendering import Group
+from rayward.rendering import Group, tag_token
 
+SCALAR = Reading()
 Pooling = Literal["auto", "last", "first", "mean", "own"]
 
 
@@ -42,6 +45,10 @@ class ModelSettings:
 
     pooling: Pooling = "auto"  # last: at the place; mean, first: over the sequence; own: the class's own way; auto: last if causal
     new_head: bool = False  # put a fresh head on a model that has none (a base model); without it, a missing head is an error
+    head: str = "auto"  # scalar, two_class, three_class, attributes or debiased (heads.KINDS); auto: the model's own, else by the labels
+    head_layers: int = 1  # 2: a hidden layer before the outputs of a new head
+    head_tokens: str = ""  # a new head starts from the language model's rows of these tokens, right first, e.g. "+ -"
+    attribute_weights: str = "{}"  # JSON of attribute -> weight in the score; without any all weigh alike
     dropout: bool = False  # keep the model's dropout on while training
     trust_remote_code: bool = False  # run code that comes with the model
     width: int = 64  # hidden size of a model from scratch (--model tiny)
@@ -51,6 +58,11 @@ class ModelSettings:
     def __post_init__(self) -> None:
         if self.width % 16 or self.width < 16:
             raise ValueError(f"width={self.width} must be a multiple of 16")
+        if self.head != "auto":
+            choose(heads.KINDS, self.head, "head")
+        if self.head_layers not in (1, 2):
+            raise ValueError(f"head_layers={self.head_layers} must be 1 or 2")
+        parse_settings(self.attribute_weights, "attribute_weights")
 
 
 class Traits(NamedTuple):
@@ -63,9 +75,10 @@ class Traits(NamedTuple):
 class RewardModel(nn.Module):
     """Body and head; `score_GK = model(batch)`."""
 
-    def __init__(self, classifier: Any, pooling: Pooling = "auto", max_length: int = 0):
+    def __init__(self, classifier: Any, pooling: Pooling = "auto", max_length: int = 0, reading: Reading = SCALAR):
         super().__init__()
         self.classifier: Any = classifier
+        self.reading = reading
         window = _sliding_window(classifier.config)
         seen = examine(classifier)
         outgrown = bool(window and max_length > window)
@@ -76,34 +89,50 @@ class RewardModel(nn.Module):
                 "pooling=last reads a token that has seen what comes after it: this body is not causal",
                 "use --set net.pooling=mean or own",
             )
-        if self.pooling == "own" and seen.causal and isinstance(self.head, nn.Linear):
+        plain = isinstance(self.head, nn.Linear | nn.Sequential)
+        if self.pooling == "own" and seen.causal and plain:
             raise ModelError("pooling=own would look for the last token that is not padding, by its id", "use --set net.pooling=last")
         self.shares_prefix = self.traits.shares_prefix and self.pooling == "last"
-        if self.pooling != "own" and not isinstance(self.head, nn.Linear):
+        self.segmented = self.shares_prefix and use_segments(classifier)
+        if self.pooling != "own" and not plain:
             raise ModelError(
                 f"pooling={self.pooling} needs a linear head, and {type(classifier).__name__} has a {type(self.head).__name__}",
                 "use --set net.pooling=own",
             )
+        if plain:
+            self.head.float()
         self.train(classifier.training)
 
     @property
+    def head_name(self) -> str:
+        """What Hugging Face's class calls its last layer: the prefix of its parameters."""
+        return _head_name(self.classifier)
+
+    @property
     def head(self) -> Any:
-        """The last layer, hidden size to 1."""
-        head = getattr(self.classifier, "score", None) or getattr(self.classifier, "classifier", None)
-        assert isinstance(head, nn.Module), f"{type(self.classifier).__name__} has neither `score` nor `classifier`"
-        return head
+        """The last layer or layers, hidden size to outputs."""
+        return getattr(self.classifier, self.head_name)
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.parameters()).device
 
+    @property
+    def flat(self) -> bool:
+        """Whether all tokens of a micro-batch lie in one row, with attention over its segments and without a mask."""
+        return self.segmented and self.shares_prefix and self.device.type == "cpu"
+
     def forward(self, batch: Batch) -> Tensor:
         """score_GK, float32. Masked places hold whatever place 0 scores."""
+        return self.reading.pick(self.outputs(batch), batch.column_GK)
+
+    def outputs(self, batch: Batch) -> Tensor:
+        """output_GKC, float32: everything the head says at the places of a batch."""
         T = batch.token_BT.shape[1]
         if self.pooling == "own":
-            logit_B1 = self.classifier(**_inputs(self.classifier, batch, packed=False)).logits
-            return logit_B1[:, 0].float()[batch.place_GK // T]
+            logit_BC = self.classifier(**_inputs(self.classifier, batch, packed=False)).logits
+            return logit_BC.float()[batch.place_GK // T]
         hidden_BTD = self.hidden(batch)
         if self.pooling == "last":
             pooled_GKD = hidden_BTD.flatten(0, 1)[batch.place_GK]
@@ -114,13 +143,12 @@ class RewardModel(nn.Module):
             mean_BD = (hidden_BTD.float() * real_BT1).sum(1) / real_BT1.sum(1)
             pooled_GKD = mean_BD[batch.place_GK // T]
         with torch.autocast(pooled_GKD.device.type, enabled=False):
-            bias = self.head.bias.float() if self.head.bias is not None else None
-            score_GK1 = F.linear(pooled_GKD.float(), self.head.weight.float(), bias)
-        return score_GK1.squeeze(-1)
+            return self.head(pooled_GKD.float())
 
     def hidden(self, batch: Batch) -> Tensor:
         """hidden_BTD of the body."""
-        return _body(self.classifier)(**_inputs(_body(self.classifier), batch, packed=self.shares_prefix)).last_hidden_state
+        body = _body(self.classifier)
+        return body(**_inputs(body, batch, packed=self.shares_prefix, flat=self.flat)).last_hidden_state
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -134,8 +162,12 @@ class RewardModel(nn.Module):
 
 def autocast(device: torch.device, precision: Literal["auto", "fp32", "bf16"]) -> Any:
     """bf16 where it is asked for, or where the device is made for it; weights and head stay in float32."""
-    wanted = precision == "bf16" or (precision == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=wanted)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_bf16(device, precision))
+
+
+def is_bf16(device: torch.device, precision: Literal["auto", "fp32", "bf16"]) -> bool:
+    """Whether a forward pass on this device is in bf16."""
+    return precision == "bf16" or (precision == "auto" and device.type == "cuda")
 
 
 def score_groups(
@@ -144,8 +176,8 @@ def score_groups(
     """The scores of every group, one per place, in order."""
     scores: list[np.ndarray] = [np.empty(0)] * len(groups)
     with model.evaluating(), autocast(model.device, precision):
-        for start in range(0, len(groups), 1024):  # packing looks at every row for every group
-            for numbers, batch in micro_batches(groups[start : start + 1024], settings, model.shares_prefix):
+        for start in range(0, len(groups), 1024):  # so that no more than these are sorted and held as batches
+            for numbers, batch in micro_batches(groups[start : start + 1024], settings, model.shares_prefix, model.flat):
                 score_GK = model(batch.to(model.device)).cpu().numpy()
                 for n, score_K in zip(numbers, score_GK, strict=True):
                     scores[start + n] = score_K[: len(groups[start + n].place_K)]
@@ -161,10 +193,16 @@ def _body(classifier: Any) -> Any:
     return body
 
 
-def _inputs(module: Any, batch: Batch, *, packed: bool) -> dict[str, Tensor | bool]:
-    """The arguments of a forward call: a 4-D mask and positions for packed rows, the usual 2-D mask for separate sequences."""
-    inputs: dict[str, Tensor | bool] = {"input_ids": batch.token_BT}
-    if packed:
+def _inputs(module: Any, batch: Batch, *, packed: bool, flat: bool = False) -> dict[str, Any]:
+    """The arguments of a forward call: a 4-D mask and positions for packed rows, the usual 2-D mask for separate sequences.
+
+    With `flat`, a single row comes with its spans instead of a mask; the 4-D mask of one element only keeps the body from making one.
+    """
+    inputs: dict[str, Any] = {"input_ids": batch.token_BT}
+    if packed and flat and len(batch.token_BT) == 1:
+        inputs |= {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool), "position_ids": batch.position_BT}
+        inputs["spans"] = attention.spans_of(batch.segment_BT[0], ANSWERS)
+    elif packed:
         mask_B1TT = batch.mask_BTT().unsqueeze(1)
         if module.config._attn_implementation == "eager":  # adds its mask to the logits instead of choosing by it
             dtype = next(module.parameters()).dtype
@@ -189,12 +227,7 @@ def _sliding_window(config: Any) -> int | None:
 @torch.no_grad()
 def examine(classifier: Any) -> Traits:
     """Ask a body what it can do, with one group of a prompt and two answers, packed and separate, on its own device and in float32."""
-    config, body = classifier.config, _body(classifier)
-    rng = np.random.default_rng(0)
-    reserved = {config.pad_token_id, 0}
-    ids = np.array([t for t in range(1, min(config.vocab_size, 400)) if t not in reserved] or [1], np.int32)
-    lengths = np.array([5, 4, 3], np.int32)
-    group = Group(rng.choice(ids, 12), lengths, np.array([8, 11], np.int32), np.zeros(2, np.float32), 1.0)
+    body, group = _body(classifier), _probe(classifier.config)
     device = next(body.parameters()).device
     was = classifier.training
     classifier.eval()
@@ -212,6 +245,42 @@ def examine(classifier: Any) -> Traits:
         return Traits(causal, causal and _close(seen, alone_BTD.flatten(0, 1)[separate.place_GK[0]]))
     finally:
         classifier.train(was)
+
+
+@torch.no_grad()
+def use_segments(classifier: Any) -> bool:
+    """Switch a body that takes packed rows to attention over segments, if it then says what it says with a mask, also while training.
+
+    Bodies with more in their attention than a softmax of scaled products (soft caps, biases, sinks, dropout) keep their masks.
+    """
+    before, body = classifier.config._attn_implementation, _body(classifier)
+    if before not in ("sdpa", attention.NAME):
+        return False
+    attention.register()
+    device, was = next(body.parameters()).device, classifier.training
+    batch = collate([[_probe(classifier.config, 1), _probe(classifier.config, 2)]], shared=True).to(device)
+    try:
+        classifier.eval()
+        masked_BTD = body(**_inputs(body, batch, packed=True)).last_hidden_state.float()
+        classifier.set_attn_implementation(attention.NAME)
+        classifier.train()
+        same = _close(body(**_inputs(body, batch, packed=True, flat=True)).last_hidden_state.float(), masked_BTD)
+    except (ValueError, RuntimeError, TypeError, KeyError):
+        same = False
+    finally:
+        classifier.train(was)
+    if not same:
+        classifier.set_attn_implementation(before)
+    return same
+
+
+def _probe(config: Any, seed: int = 0) -> Group:
+    """Random tokens: a prompt of 5 and answers of 4 and 3."""
+    rng = np.random.default_rng(seed)
+    reserved = {config.pad_token_id, 0}
+    ids = np.array([t for t in range(1, min(config.vocab_size, 400)) if t not in reserved] or [1], np.int32)
+    lengths = np.array([5, 4, 3], np.int32)
+    return Group(rng.choice(ids, 12), lengths, np.array([8, 11], np.int32), np.zeros(2, np.float32), 1.0)
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
@@ -232,25 +301,73 @@ class Loaded(NamedTuple):
     notes: dict[str, Any]
 
 
-def load_model(path: str, settings: ModelSettings, max_length: int = 0) -> Loaded:
-    """A model and its tokenizer from a folder or the hub. A missing head is an error unless `new_head` asks for one."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+def load_model(
+    path: str, settings: ModelSettings, max_length: int = 0, attributes: Sequence[str] = (), how: Mapping[str, Any] | None = None
+) -> Loaded:
+    """A model and its tokenizer from a folder or the hub. A missing head is an error unless `new_head` asks for one.
+
+    `attributes` are the names of the targets, for a new head that gives one output per attribute; `how` is said to `from_pretrained`.
+    """
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
     _quiet()
     options = {"trust_remote_code": settings.trust_remote_code}
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        config = AutoConfig.from_pretrained(path, **options)
+        notes = dict(getattr(config, "rayward", None) or {})
+        reading = _reading(path, settings, notes, attributes)
         classifier, info = AutoModelForSequenceClassification.from_pretrained(
-            path, num_labels=1, output_loading_info=True, use_safetensors=True, dtype=torch.float32, **options
+            path,
+            num_labels=len(reading.names),
+            output_loading_info=True,
+            use_safetensors=True,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,  # looked at below
+            **options,
+            **(how or {}),
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        if isinstance(error, RaywardError):
+            raise
         raise ModelError(
             f"--model {path} cannot be loaded: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
             "give a folder with config.json, model.safetensors and a tokenizer, a name on the hub, models:/NAME@ALIAS, or tiny",
         ) from None
-    missing = sorted(n for n in info["missing_keys"] if not n.endswith("position_ids"))
+    kept = bool(notes) and reading.fits(Reading.of_notes(notes.get("head")))
+    deep = kept and reading.layers > 1  # a head that Hugging Face's class does not know
+    head = _without_head(path, settings, info, deep)
+    pooling = settings.pooling if settings.pooling != "auto" else notes.get("pooling") or "auto"
+    if deep:
+        _restore_head(path, classifier, reading)
+    elif head or (notes and not kept):
+        _fresh_head(classifier, reading)
+        if settings.head_tokens:
+            rows = _token_rows(path, heads.token_ids(tokenizer, settings.head_tokens, reading), options)
+            heads.start_from_rows(getattr(classifier, _head_name(classifier)), rows, reading)
+    elif settings.new_head and settings.head_tokens:
+        raise ModelError(f"--model {path} has a head, and head_tokens starts a new one", "leave head_tokens out, or name a language model")
+    classifier.config.id2label = dict(enumerate(reading.names))
+    classifier.config.label2id = {name: n for n, name in enumerate(reading.names)}
+    _with_padding(classifier, tokenizer)
+    if not settings.dropout:
+        _without_dropout(classifier)
+    max_length = max_length or (notes.get("render") or {}).get("max_length") or 0
+    return Loaded(RewardModel(classifier, pooling, max_length, reading), tokenizer, notes)
+
+
+def _without_head(path: str, settings: ModelSettings, info: dict[str, Any], deep: bool) -> list[str]:
+    """The weights of the head that a checkpoint does not have, or not in that shape; a hole in the body is an error."""
+    resized = {name: shape for name, shape, _ in info["mismatched_keys"]}
+    missing = sorted({*info["missing_keys"], *resized})
+    missing = [n for n in missing if not n.endswith("position_ids") and not (deep and n.split(".")[0] in HEADS)]
     head = [n for n in missing if n.split(".")[0] in HEADS]
     holes = [n for n in missing if n not in head and "pooler" not in n]
+    if head and not holes and set(missing) <= set(resized) and not settings.new_head:
+        raise ModelError(
+            f"--model {path} cannot be loaded with head={settings.head}: its own has {resized[head[0]][0]} outputs",
+            "name the head it has, e.g. --set net.head=two_class, or put a fresh one in its place: --set net.new_head=true",
+        )
     if holes or (missing and not settings.new_head):
         lacking = holes or missing
         raise ModelError(
@@ -259,15 +376,97 @@ def load_model(path: str, settings: ModelSettings, max_length: int = 0) -> Loade
             if holes
             else "if it is a base model and is to get a fresh head, say --set net.new_head=true",
         )
-    notes = dict(getattr(classifier.config, "rayward", None) or {})
-    pooling = settings.pooling if settings.pooling != "auto" else notes.get("pooling") or "auto"
-    if head:
-        _fresh_head(classifier)
-    _with_padding(classifier, tokenizer)
-    if not settings.dropout:
-        _without_dropout(classifier)
-    max_length = max_length or (notes.get("render") or {}).get("max_length") or 0
-    return Loaded(RewardModel(classifier, pooling, max_length), tokenizer, notes)
+    return head
+
+
+def _reading(path: str, settings: ModelSettings, notes: dict[str, Any], attributes: Sequence[str]) -> Reading:
+    """The head that is there, or the one that is asked for."""
+    own = Reading.of_notes(notes.get("head"))
+    if not notes and not settings.new_head and (settings.head_layers > 1 or settings.head_tokens):
+        raise ModelError("head_layers and head_tokens are about a new head", "say --set net.new_head=true, or leave them out")
+    if path == "tiny" and settings.head_tokens:
+        raise ModelError("head_tokens: a model from scratch has no language model to take rows from", "leave head_tokens out")
+    kind = settings.head
+    if kind == "auto":
+        kind = "attributes" if len(attributes) > 1 and settings.new_head and not notes else own.kind
+    same = bool(notes) and kind == own.kind
+    names = own.names if same and (settings.head == "auto" or set(attributes) <= set(own.names)) else tuple(attributes)
+    layers = max(own.layers, settings.head_layers) if same else settings.head_layers
+    asked = heads.make_reading(kind, layers, names, settings.attribute_weights)
+    if notes and not asked.fits(own) and not settings.new_head:
+        raise ModelError(
+            f"--model {path} has a head of {_in_words(own)}, not of {_in_words(asked)}",
+            "leave net.head and net.head_layers out to go on with it, or put a fresh one in its place: --set net.new_head=true",
+        )
+    return replace(asked, weights=own.weights) if asked.fits(own) and not parse_settings(settings.attribute_weights, "") else asked
+
+
+def _in_words(reading: Reading) -> str:
+    return f"kind {reading.kind} ({', '.join(reading.names)}; {reading.layers} layer{'s' if reading.layers > 1 else ''})"
+
+
+def _restore_head(path: str, classifier: Any, reading: Reading) -> None:
+    """The head of several layers as it was saved."""
+    from transformers.utils import cached_file
+
+    name = _head_name(classifier)
+    made = heads.make_head(getattr(classifier, name).in_features, reading)
+    setattr(classifier, name, made)
+    index = cached_file(path, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
+    where = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"] if index else {}
+    weights = {}
+    try:
+        for key in made.state_dict():
+            file = cached_file(path, where[f"{name}.{key}"] if where else "model.safetensors")
+            with safe_open(file, "pt") as tensors:
+                weights[key] = tensors.get_tensor(f"{name}.{key}")
+        made.load_state_dict(weights)
+    except (KeyError, OSError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"--model {path} lacks weights of its head of {reading.layers} layers: {error}", "save it again") from None
+
+
+@torch.no_grad()
+def _token_rows(path: str, ids: Sequence[int], options: dict[str, Any]) -> Tensor:
+    """The rows of a language model's output layer that belong to some tokens, row_ND.
+
+    Raises:
+        ModelError: if it is no causal language model, or its logits are not these rows times what its body says (a bias, a cap, a scale).
+    """
+    from transformers import AutoModelForCausalLM
+
+    way_out = "leave head_tokens out for a random head"
+    try:
+        language, info = AutoModelForCausalLM.from_pretrained(
+            path, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **options
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"head_tokens: {path} is no causal language model: {str(error).splitlines()[0]}", way_out) from None
+    if info["missing_keys"]:
+        raise ModelError(f"head_tokens: {path} was saved without its output layer ({', '.join(sorted(info['missing_keys']))})", way_out)
+    row_ND = language.get_output_embeddings().weight[list(ids)].clone()
+    token_BT = torch.arange(1, 9).remainder(language.config.vocab_size).unsqueeze(0)
+    hidden_BTD = _body(language)(input_ids=token_BT).last_hidden_state
+    if not _close(language(input_ids=token_BT).logits[..., list(ids)], hidden_BTD @ row_ND.T):
+        raise ModelError(f"head_tokens: the logits of {path} are more than rows of its output layer (a bias, a cap or a scale)", way_out)
+    return row_ND
+
+
+def register_tag(loaded: Loaded, tag: str) -> bool:
+    """Make a step tag one token of the tokenizer, with a row of its own in the embedding; whether anything had to be done.
+
+    A new row starts as the mean of the others (Hewitt 2021), so that the first step does not begin with an outlier.
+    """
+    model, tokenizer = loaded.model, loaded.tokenizer
+    if tag_token(tokenizer, tag) is not None:
+        return False
+    before = len(tokenizer)
+    tokenizer.add_tokens([tag], special_tokens=True)
+    if len(tokenizer) > model.classifier.get_input_embeddings().num_embeddings:
+        model.classifier.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    with torch.no_grad():
+        weight = model.classifier.get_input_embeddings().weight
+        weight[before : len(tokenizer)] = weight[:before].mean(0)
+    return True
 
 
 def _quiet() -> None:
@@ -278,14 +477,27 @@ def _quiet() -> None:
     logging.disable_progress_bar()
 
 
-def _fresh_head(classifier: Any) -> None:
-    """Normal with standard deviation 1/sqrt(d+1), bias 0 (Stiennon et al. 2020, appendix B.1)."""
-    for name in HEADS:
-        head = getattr(classifier, name, None)
-        if isinstance(head, nn.Linear):
-            nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
-            if head.bias is not None:
-                nn.init.zeros_(head.bias)
+def _head_name(classifier: Any) -> str:
+    name = next((name for name in HEADS if isinstance(getattr(classifier, name, None), nn.Module)), "")
+    assert name, f"{type(classifier).__name__} has neither of {', '.join(HEADS)}"
+    return name
+
+
+def _fresh_head(classifier: Any, reading: Reading) -> None:
+    """Fresh weights in the class's own head, or a head of several layers in its place."""
+    name = _head_name(classifier)
+    head = getattr(classifier, name)
+    if reading.layers == 1:
+        for layer in head.modules():
+            if isinstance(layer, nn.Linear):
+                heads.fresh(layer)
+    elif isinstance(head, nn.Linear):
+        setattr(classifier, name, heads.make_head(head.in_features, reading))
+    else:
+        raise ModelError(
+            f"head_layers={reading.layers} takes the place of a linear head, and {type(classifier).__name__} has a {type(head).__name__}",
+            "leave head_layers out",
+        )
 
 
 def _with_padding(classifier: Any, tokenizer: Any) -> None:
@@ -310,7 +522,7 @@ def _without_dropout(classifier: nn.Module) -> None:
 def save_model(model: RewardModel, tokenizer: Any, folder: Path, notes: dict[str, Any]) -> None:
     """A plain Hugging Face folder with safetensors, its config carrying `notes` as `rayward`."""
     _quiet()
-    model.classifier.config.rayward = {**notes, "pooling": model.pooling}
+    model.classifier.config.rayward = {**notes, "pooling": model.pooling, "head": model.reading.as_notes()}
     model.classifier.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -328,11 +540,12 @@ CHAT_TEMPLATE = (
 )
 
 
-def tiny_model(examples: Iterable[Example], settings: ModelSettings, max_length: int, seed: int) -> Loaded:
+def tiny_model(examples: Iterable[Example], settings: ModelSettings, max_length: int, seed: int, attributes: Sequence[str] = ()) -> Loaded:
     """A small Qwen3 decoder from scratch, and a word-level tokenizer of the words that the examples use most."""
     from transformers import Qwen3Config, Qwen3ForSequenceClassification
 
     tokenizer = word_tokenizer(examples, settings.words)
+    reading = _reading("tiny", replace(settings, new_head=True), {}, attributes)
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=settings.width,
@@ -342,14 +555,14 @@ def tiny_model(examples: Iterable[Example], settings: ModelSettings, max_length:
         num_key_value_heads=4,
         head_dim=settings.width // 4,
         max_position_embeddings=max_length,
-        num_labels=1,
+        num_labels=len(reading.names),
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
     torch.manual_seed(seed)
     classifier = Qwen3ForSequenceClassification(config)
-    _fresh_head(classifier)
-    return Loaded(RewardModel(classifier, settings.pooling, max_length), tokenizer, {})
+    _fresh_head(classifier, reading)
+    return Loaded(RewardModel(classifier, settings.pooling, max_length, reading), tokenizer, {})
 
 
 def word_tokenizer(examples: Iterable[Example], most: int) -> Any:

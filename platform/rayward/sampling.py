@@ -2,28 +2,48 @@
 
 A problem is a prompt with the gold answer it is graded by. Seeds are hashes of (seed, problem, answer, kept steps, number), so a draw
 is the same wherever and whenever it is made.
+
+>>> problem = toy_problem(1, ToyWorld(), seed=0)
+>>> [[rollout]] = sample_problems([problem], make_policy("toy"), SampleSettings(answers=1)).rollouts
+>>> rollout.correct, rollout.provenance["answer"], rollout.provenance["gold"]
+(True, '38', '38')
+
+An outcome that is unknown (no answer stated, none that can be read, a check that took too long, a text cut short) is never wrong:
+`correct` and `reward` are None and provenance says `why`. The text and the gold answer stay with the rollout, so that `regrade` needs no
+sampling.
 """
 
 from __future__ import annotations
 
 import re
+import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
+from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from rayward import dataflow
-from rayward.config import choose
-from rayward.dataflow import Recipe
+from rayward.config import choose, parse_settings
+from rayward.dataflow import Made, Recipe
 from rayward.errors import DataError
-from rayward.formats import Unreadable, as_prompt, decode, find_files, key, pieces, read_rows, source_bytes
-from rayward.grading import GRADERS, check_gold
-from rayward.policies import POLICIES, Completion, Policy, Request, make_policy, parse_settings
-from rayward.records import BadRecord, Message, Prompt, Rejected, Rollout, check_text
+from rayward.formats import Piece, Unreadable, as_prompt, decode, find_files, key, pieces, read_rows, source_bytes
+from rayward.grading import Verdict, check_gold, grader_version, make_grader, verdict
+from rayward.labels.judgements import reject
+from rayward.montecarlo import gold_of
+from rayward.policies import POLICIES, Completion, Policy, Request, make_policy, stream
+from rayward.progress import Progress
+from rayward.records import BadRecord, Message, Prompt, Rejected, Rollout, check_text, rejects_table, rollouts_of, rollouts_table
 from rayward.storage import Dataset
 from rayward.toy_world import ToyWorld, seed_of
 
-CHUNK = 64  # problems of one task
+CHUNK = 64  # problems of one task: what is lost, at the most, when a run is killed
+MOST_TASKS = 1024  # of a piece of a file: each reads the piece from its start
 TOY_BYTES = 300  # about, of a problem of the toy world with an answer
 
 
@@ -42,9 +62,13 @@ class SampleSettings:
     def __post_init__(self) -> None:
         if self.answers < 1 or self.continuations < 1 or not 0 <= self.continued <= self.answers:
             raise ValueError(f"answers={self.answers}, continued={self.continued}, continuations={self.continuations} do not go together")
-        choose(GRADERS, self.grader, "grader")
+        make_grader(self.grader)  # what it needs must be here before anything is drawn
         choose(POLICIES, self.policy, "policy")
-        parse_settings(self.policy_settings, "policy_settings")
+        greedy = parse_settings(self.policy_settings, "policy_settings").get("temperature") == 0
+        if greedy and (self.answers > 1 or self.continued):
+            raise ValueError(
+                f"policy_settings: with temperature 0 all answers={self.answers} to a problem are one; take e.g. 0.7, or answers=1"
+            )
 
 
 @dataclass(frozen=True)
@@ -88,13 +112,21 @@ def sample(recipe: Recipe, problems: str, settings: SampleSettings, parts: int =
         raise DataError(f"problems={problems} is not toy:COUNT or toy:COUNT:SEED", "e.g. toy:400")
     else:
         files = find_files(problems)
-        tasks = [{"piece": piece._asdict()} for name, path in files for piece in pieces(name, path, piece_bytes=2**20)]
+        tasks = [task for name, path in files for piece in pieces(name, path, piece_bytes=2**20) for task in _tasks(piece)]
         size = sum(source_bytes(path) for _, path in files)
     size *= settings.answers + settings.continued * settings.continuations * 4  # a guess: an answer as long as its problem, of 4 steps
     return dataflow.ingest(recipe, tasks, produce, unit="chunks", size=size, parts=parts)
 
 
+def _tasks(piece: Piece) -> list[dict[str, Any]]:
+    """A piece of a file in tasks of some CHUNK rows."""
+    rows = sum(1 for _ in read_rows(*piece))
+    step = max(CHUNK, -(-rows // MOST_TASKS))
+    return [{"piece": piece._asdict(), "rows": [start, start + step]} for start in range(0, rows, step)]
+
+
 def _sample_chunk(settings: SampleSettings, task: dict[str, Any]) -> Iterator[list[Rollout] | Rejected]:
+    make_grader(settings.grader)  # here too: this may be another machine
     policy = _policy(settings.policy, settings.policy_settings)
     chunk: list[Problem] = []
     for item in _problems(task):
@@ -128,7 +160,7 @@ def _problems(task: dict[str, Any]) -> Iterator[Problem | Rejected]:
         for index in range(start, end):
             yield toy_problem(index, ToyWorld(), seed)
         return
-    for row in read_rows(**task["piece"]):
+    for row in islice(read_rows(**task["piece"]), *task["rows"]):
         if isinstance(row, Unreadable):
             yield Rejected(source=row.source, row=str(row.number), reason=row.reason)
             continue
@@ -148,7 +180,7 @@ class Sampled(NamedTuple):
 def sample_problems(problems: Sequence[Problem], policy: Policy, settings: SampleSettings) -> Sampled:
     """Answers to every problem, and continuations of every step prefix of some of them, prefix by prefix."""
     asked = [(p, n) for p in problems for n in range(settings.answers)]
-    answers = policy([Request(p.prompt, (), seed_of(settings.seed, p.id, n)) for p, n in asked])
+    answers = _completions(policy, [Request(p.prompt, (), seed_of(settings.seed, p.id, n)) for p, n in asked], "answers")
     made: dict[str, list[Rollout]] = {p.id: [] for p in problems}
     lost: list[Rejected] = []
     prefixes: list[tuple[Problem, str, tuple[str, ...], int]] = []
@@ -161,7 +193,8 @@ def sample_problems(problems: Sequence[Problem], policy: Policy, settings: Sampl
         if n < settings.continued:
             for length in range(1, len(done.steps)):
                 prefixes += [(problem, name, done.steps[:length], k) for k in range(settings.continuations)]
-    more = policy([Request(p.prompt, kept, seed_of(settings.seed, parent, len(kept), k)) for p, parent, kept, k in prefixes])
+    asked_on = [Request(p.prompt, kept, seed_of(settings.seed, parent, len(kept), k)) for p, parent, kept, k in prefixes]
+    more = _completions(policy, asked_on, "continuations")
     for (problem, parent, kept, k), done in zip(prefixes, more, strict=True):
         name, family = f"{parent}/{len(kept)}/{k}", {"continues": parent, "kept_steps": len(kept)}
         if done.finish_reason == "error":
@@ -169,6 +202,18 @@ def sample_problems(problems: Sequence[Problem], policy: Policy, settings: Sampl
         else:  # nothing more was written: the answer ends with what was kept
             made[problem.id].append(_rollout(problem, name, kept + done.steps, done.finish_reason, settings, **family))
     return Sampled(list(made.values()), lost)
+
+
+def _completions(policy: Policy, requests: Sequence[Request], what: str) -> list[Completion]:
+    """One per request, in order; what is finished shows as it comes in."""
+    if not requests:
+        return []
+    done: dict[int, Completion] = {}
+    with Progress(what, total=len(requests), unit="completions") as bar:
+        for place, completion in stream(policy, requests):
+            done[place] = completion
+            bar.advance()
+    return [done[place] for place in range(len(requests))]
 
 
 def _lost(name: str, done: Completion) -> Rejected:
@@ -179,21 +224,74 @@ def _lost(name: str, done: Completion) -> Rejected:
 def _rollout(
     problem: Problem, rollout_id: str, steps: tuple[str, ...], finish_reason: str, settings: SampleSettings, **more: Any
 ) -> Rollout:
-    grade = choose(GRADERS, settings.grader, "grader")
-    correct = grade("".join(steps), problem.gold) if finish_reason == "stop" else None
+    said = _verdict("".join(steps), finish_reason, problem.gold, settings.grader)
     return Rollout(
         id=rollout_id,
         prompt=problem.prompt,
         steps=steps,
-        reward=None if correct is None else float(correct),
-        correct=correct,
+        reward=None if said.right is None else float(said.right),
+        correct=said.right,
         judgement="graded",
         policy=settings.policy,
         provenance={
             "finish_reason": finish_reason,
             "gold": problem.gold,
-            "grader": settings.grader,
             "seed": str(settings.seed),
+            **_told(said, settings.grader),
         },
         **more,
     )
+
+
+def _verdict(text: str, finish_reason: str | None, gold: str, grader: str) -> Verdict:
+    """Of a text that was cut off nothing is known, whatever it states."""
+    return Verdict(None, why="truncated") if finish_reason == "length" else verdict(text, gold, grader)
+
+
+def _told(said: Verdict, grader: str) -> dict[str, str]:
+    """What stands behind an outcome: the stated answer, why it is unknown, and by what it was graded."""
+    told = {"grader": grader, "grader_version": grader_version(grader)}
+    if said.answer is not None:
+        told["answer"] = said.answer
+    return told | ({"why": said.why} if said.why else {})
+
+
+# ------------------------------------------------------------------------------------------------------------ grading again
+
+
+def regrade(recipe: Recipe, source: Dataset, grader: str) -> Dataset:
+    """The same rollouts, with outcomes by another grader or by newer rules; says on stderr how many are now another."""
+    make_grader(grader)
+    [made] = dataflow.transform(recipe, source, lambda: partial(_regrade_part, grader), kind="rollouts")
+    changes = sum((_changes(*parts) for parts in zip(source.parts, made.parts, strict=True)), Counter[str]())
+    print(f"{grader_version(grader)}: " + (", ".join(f"{n:,} {what}" for what, n in sorted(changes.items())) or "nothing"), file=sys.stderr)
+    return made
+
+
+def _regrade_part(grader: str, table: pa.Table) -> Made:
+    make_grader(grader)
+    graded: list[Rollout] = []
+    rejects: list[Rejected] = []
+    for rollout in rollouts_of(table):
+        try:
+            graded.append(_regraded(rollout, check_gold(gold_of(rollout)), grader))
+        except BadRecord as error:
+            rejects.append(reject(rollout, str(error)))
+    return Made({"": rollouts_table(graded)}, rejects_table(rejects), len(graded))
+
+
+def _regraded(rollout: Rollout, gold: str, grader: str) -> Rollout:
+    """A rollout with another verdict; a reward that was the outcome follows it, any other stays."""
+    said = _verdict(rollout.text, rollout.provenance.get("finish_reason"), gold, grader)
+    was = None if rollout.correct is None else float(rollout.correct)
+    now = None if said.right is None else float(said.right)
+    follows = rollout.judgement == "graded" and rollout.reward == was
+    kept = {name: text for name, text in rollout.provenance.items() if name not in ("answer", "why")}
+    return replace(rollout, correct=said.right, reward=now if follows else rollout.reward, provenance={**kept, **_told(said, grader)})
+
+
+def _changes(before: Path, after: Path) -> Counter[str]:
+    """How many outcomes of a part are what they were, or became another."""
+    names = {True: "right", False: "wrong", None: "unknown"}
+    was, now = (dict(zip(*(pq.read_table(path)[c].to_pylist() for c in ("id", "correct")), strict=True)) for path in (before, after))
+    return Counter(names[o] if o is was[i] else f"{names[was[i]]} that became {names[o]}" for i, o in now.items())

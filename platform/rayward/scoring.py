@@ -45,7 +45,7 @@ class Scorer:
         loaded = load_model(str(folder), ModelSettings(trust_remote_code=trust_remote_code))
         render = resolve(RenderSettings, loaded.notes.get("render") or {})
         model = loaded.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-        return cls(model, Renderer(loaded.tokenizer, render), loaded.notes)
+        return cls(model, Renderer(loaded.tokenizer, render, model.reading.attributes), loaded.notes)
 
     @property
     def reads_steps(self) -> bool:

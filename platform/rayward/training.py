@@ -12,8 +12,8 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -24,11 +24,13 @@ from torch import Tensor
 
 from rayward import checkpoints
 from rayward.batching import BatchSettings, micro_batches, plan
-from rayward.errors import Interrupted, RaywardError
+from rayward.errors import Interrupted, RaywardError, SettingsError
 from rayward.metrics import Mean
 from rayward.objectives import Objective
+from rayward.optimizers import Average, Schedule, depth_of, layers_of, lr_share, parameter_groups
 from rayward.rendering import Groups
 from rayward.reward_model import RewardModel, autocast
+from rayward.sharding import clip, is_sharded
 from rayward.toy_world import seed_of
 
 
@@ -41,13 +43,19 @@ class TrainSettings:
     weight_decay: float = 0.01  # of weight matrices; biases and norms have none
     beta2: float = 0.98  # decay of AdamW's second moment
     warmup: float = 0.05  # share of steps over which the learning rate rises
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"  # how it falls after that, to a twentieth
+    schedule: Schedule = "cosine"  # how it falls after that, to a twentieth; wsd: constant, then over the last fifth
+    layer_decay: float = 1.0  # times the learning rate of a layer for the one below it; 0.9 to 0.95 keeps a pretrained body's lower layers
+    freeze_layers: int = 0  # lowest layers that are not trained, with the embeddings; -1: nothing but the head is
+    average: float = 0.0  # decay of an exponential moving average of the weights, which is then what is validated and kept; e.g. 0.99
     clip: float = 1.0  # largest norm of a step's gradient
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the forward pass; auto: bf16 on a GPU
     validate_every: int = 0  # steps (0: five times a run); the end is always validated
     checkpoint_every: int = 0  # steps (0: ten times a run, at least 20 steps apart)
     log_every: int = 10  # steps
     best_by: Literal["loss", "accuracy", "last"] = "loss"  # which validated weights are kept; last: those of the last step
+    shard: bool = False  # spread the body over the workers (FSDP2), for models that do not fit into one device
+    recompute: bool = False  # keep no activations of a layer and compute them again for the gradient: less memory, a third slower
+    patience: int = 0  # validations without a better one after which a run ends (0: it runs to its last step)
     seed: int = 0  # another seed is another order of the examples, another fresh head, another dropout
 
     def __post_init__(self) -> None:
@@ -61,20 +69,21 @@ class TrainSettings:
             and min(self.validate_every, self.checkpoint_every) >= 0
         ):
             raise ValueError(f"lr={self.lr}, beta2={self.beta2}, weight_decay={self.weight_decay}: not a way to train")
+        if not 0 < self.layer_decay <= 1 or not 0 <= self.average < 1 or self.freeze_layers < -1:
+            raise ValueError(
+                f"layer_decay={self.layer_decay}, average={self.average}, freeze_layers={self.freeze_layers}: not a way to train"
+            )
+        if self.patience < 0 or (self.patience and self.best_by == "last"):
+            raise ValueError(f"patience={self.patience} needs best_by=loss or accuracy, to know what is better")
 
     def lr_at(self, step: int, total: int) -> float:
-        """The learning rate of a step: linear warm-up, then the schedule down to lr / 20.
+        """The learning rate of a step.
 
         >>> s = TrainSettings(lr=1.0, warmup=0.2)
         >>> [round(s.lr_at(n, 10), 2) for n in (0, 1, 2, 9)]
         [0.5, 1.0, 1.0, 0.09]
         """
-        rise = max(1, round(self.warmup * total))
-        if step < rise:
-            return self.lr * (step + 1) / rise
-        along = (step - rise) / max(1, total - rise)
-        fall = {"cosine": 0.5 * (1 + math.cos(math.pi * along)), "linear": 1 - along, "constant": 1.0}[self.schedule]
-        return self.lr * (0.05 + 0.95 * fall)
+        return self.lr * lr_share(step, total, self.warmup, self.schedule)
 
 
 @dataclass(frozen=True)
@@ -83,15 +92,30 @@ class Team:
 
     rank: int = 0
     size: int = 1
+    sharded: bool = False  # the body is spread over them
 
     @classmethod
-    def here(cls) -> Team:
+    def here(cls, sharded: bool = False) -> Team:
         """This process's team."""
-        return cls(dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else cls()
+        return cls(dist.get_rank(), dist.get_world_size(), sharded) if dist.is_available() and dist.is_initialized() else cls()
+
+    def share(self, batches: Iterable[Any], device: torch.device) -> Iterator[tuple[int, Any, bool]]:
+        """This worker's batches, every `size`-th, with their numbers; the last word is False for one that is none of its own.
+
+        Where the body is spread, all workers must go through it equally often, so those with fewer take the first one again.
+        """
+        if not self.sharded:
+            yield from ((n, batch, True) for n, batch in enumerate(batches) if n % self.size == self.rank)
+            return
+        every = list(batches)
+        for first in range(0, len(every), self.size):
+            n = first + self.rank
+            yield (n, every[n], True) if n < len(every) else (n, every[0], False)
 
     def sum_gradients(self, parameters: list[torch.nn.Parameter], bucket: int = 2**25) -> None:
         """Add up gradients over all workers, in buckets of `bucket` numbers; a worker without one adds zero."""
-        if self.size == 1:
+        parameters = [p for p in parameters if not is_sharded(p)]
+        if self.size == 1 or not parameters:
             return
         waiting: list[torch.nn.Parameter] = []
         held = 0
@@ -166,56 +190,90 @@ def train(run: Run) -> dict[str, Any]:
     model, settings, total, team = run.model, run.train, run.total, run.team
     optimizer = make_optimizer(model, settings)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    state = _resume(run, optimizer)
+    average = Average(model.classifier, settings.average) if settings.average else None
+    state = _resume(run, optimizer, average)
     validate_every = run.every(settings.validate_every, 5)
     checkpoint_every = run.every(settings.checkpoint_every, 10, least=20)
     lines = _Lines(run, state["step"])
+    writer = checkpoints.Writer(run.folder, team.rank, team.sharded)
     tally = _Tally()
     carried = {name: Mean(*pair) for name, pair in (state.pop("since_last_line", None) or {}).items()}  # what the next line also covers
     steps_of: tuple[int, list[Any]] = (-1, [])
     model.train()
     with _stop_on_signal() as stop:
-        for step in range(state["step"], total):
+        for step in range(state["step"], state["step"] if over(state, settings) else total):
             per_epoch = total // settings.epochs
             epoch, at = divmod(step, per_epoch)
             if steps_of[0] != epoch:
                 steps_of = (epoch, plan(len(run.groups), run.batch.size, settings.seed, epoch))
             _step(run, optimizer, parameters, step, steps_of[1][at], tally)
             done = step + 1
-            last = done == total
-            keep = done % checkpoint_every == 0 or last or stop.is_set()
-            if keep or done % settings.log_every == 0:
+            if average is not None:
+                average.update(done)
+            last, due = done == total, done == total or done % settings.log_every == 0
+            if due:
                 carried = _add(carried, team.sum(tally.drain(run.objective, team), model.device))
-            if done % settings.log_every == 0 or last:
                 lines.write(done, {**_values(carried), "lr": settings.lr_at(step, total)})
                 carried = {}
             if run.validation is not None and (done % validate_every == 0 or last):
-                paused = time.monotonic()
-                values = validate(run)
-                tally.since += time.monotonic() - paused
-                lines.write(done, {f"validation_{n}": v for n, v in values.items()})
-                if _better(values, state["best"], settings.best_by):
-                    state["best"] = {**values, "step": done}
-                    if team.rank == 0:
-                        checkpoints.save(run.folder, "best", model.classifier, None, state["best"])
+                _validated(run, lines, writer, tally, average, state, done)
+                last = last or over(state, settings)
+            keep = done % checkpoint_every == 0 or last or stop.is_set()
+            if keep and not due:
+                carried = _add(carried, team.sum(tally.drain(run.objective, team), model.device))
             state["step"] = done
-            if team.rank == 0 and keep:
+            if keep:
                 pending = {name: [mean.total, mean.weight] for name, mean in carried.items()}
                 whole = {**state, "since_last_line": pending}
-                checkpoints.save(run.folder, f"step-{done:08d}", model.classifier, optimizer, whole)
+                writer.save(f"step-{done:08d}", model.classifier, optimizer, whole, average.mean if average else None)
             if keep and stop.is_set() and not last:
+                writer.wait()
                 raise Interrupted(f"step {done} of {total} is kept in {run.folder}; the same command goes on from there")
+            if last:
+                break
+    if team.sharded and settings.best_by == "last":  # shares are no weights to load elsewhere
+        with average.in_place() if average is not None else nullcontext():
+            writer.save("last", model.classifier, None, {"step": state["step"]})
+    writer.wait()
     return state
 
 
+def over(state: Mapping[str, Any], settings: TrainSettings) -> bool:
+    """Whether a run has ended before its last step: it did not get better for `patience` validations."""
+    return bool(settings.patience) and (state.get("stale") or 0) >= settings.patience
+
+
+def _validated(
+    run: Run, lines: _Lines, writer: checkpoints.Writer, tally: _Tally, average: Average | None, state: dict[str, Any], done: int
+) -> None:
+    """Validate, tell, and keep the weights where they are the best so far."""
+    paused = time.monotonic()
+    with average.in_place() if average is not None else nullcontext():
+        values = validate(run)
+        lines.write(done, {f"validation_{n}": v for n, v in values.items()})
+        better = _better(values, state["best"], run.train.best_by)
+        if better:
+            state["best"] = {**values, "step": done}
+            writer.save("best", run.model.classifier, None, state["best"])
+    state["stale"] = 0 if better else (state.get("stale") or 0) + 1
+    tally.since += time.monotonic() - paused
+
+
 def make_optimizer(model: RewardModel, settings: TrainSettings) -> torch.optim.Optimizer:
-    """AdamW, with weight decay on matrices only."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.lr, betas=(0.9, settings.beta2))
+    """AdamW over what is trained; a group's learning rate is `scale` times that of the step."""
+    groups = parameter_groups(model.classifier, model.head_name, settings.weight_decay, settings.layer_decay)
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, settings.beta2))
+
+
+def freeze(model: RewardModel, lowest: int) -> None:
+    """Train neither the embeddings nor the `lowest` layers of a body; -1: nothing but the head."""
+    layers = layers_of(model.classifier)
+    if lowest > layers:
+        raise SettingsError(f"freeze_layers={lowest} and the body has {layers} layers", "freeze fewer, or -1 for all of them")
+    for name, parameter in model.classifier.named_parameters():
+        head = name.startswith(model.head_name)
+        frozen = lowest and not head and (lowest < 0 or depth_of(name, layers, head) <= lowest)
+        parameter.requires_grad_(parameter.requires_grad and not frozen)
 
 
 def _step(run: Run, optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parameter], step: int, numbers: Any, tally: _Tally) -> None:
@@ -224,23 +282,25 @@ def _step(run: Run, optimizer: torch.optim.Optimizer, parameters: list[torch.nn.
     groups = [run.groups[int(n)] for n in numbers]
     weight = sum(g.weight for g in groups)
     for entry in optimizer.param_groups:
-        entry["lr"] = settings.lr_at(step, run.total)
-    for number, (_, batch) in enumerate(micro_batches(groups, run.batch, model.shares_prefix)):
-        if number % team.size != team.rank:
-            continue
+        entry["lr"] = settings.lr_at(step, run.total) * entry["scale"]
+    every = micro_batches(groups, run.batch, model.shares_prefix, model.flat)
+    for number, (_, batch), mine in team.share(every, model.device):
         torch.manual_seed(seed_of("dropout", settings.seed, step, number))
-        tally.tokens += batch.tokens
         micro_weight = float(batch.weight_G.sum())
-        batch = batch.to(model.device)
+        tokens, batch = batch.tokens, batch.to(model.device)
         with autocast(model.device, settings.precision):
-            score_GK = model(batch)
-        loss_G = run.objective.loss(score_GK, batch.target_GK, batch.mask_GK)
-        total = (loss_G * batch.weight_G).sum()
+            output_GKC = model.outputs(batch)
+        score_GK = model.reading.pick(output_GKC, batch.column_GK)
+        loss_G = run.objective.of(batch, score_GK, output_GKC)
+        total = (loss_G * batch.weight_G).sum() * mine
         (total / weight).backward()
+        if not mine:
+            continue
+        tally.tokens += tokens
         tally.losses.append((total.detach(), micro_weight))
         tally.scores.append((score_GK.detach(), batch.target_GK, batch.mask_GK))
     team.sum_gradients(parameters)
-    torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
+    clip(parameters, settings.clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
@@ -251,12 +311,16 @@ def validate(run: Run) -> dict[str, float]:
     model, groups = run.model, run.validation
     loss, right = Mean(), Mean()
     with model.evaluating(), autocast(model.device, run.train.precision):
-        for start in range(run.team.rank * 256, len(groups), run.team.size * 256):
+        for start in range(0, len(groups), 256):
             chunk = [groups[n] for n in range(start, min(start + 256, len(groups)))]
-            for _, batch in micro_batches(chunk, run.batch, model.shares_prefix):
+            every = micro_batches(chunk, run.batch, model.shares_prefix, model.flat)
+            for _, (_, batch), mine in run.team.share(every, model.device):
                 batch = batch.to(model.device)
-                score_GK = model(batch)
-                loss_G = run.objective.loss(score_GK, batch.target_GK, batch.mask_GK)
+                output_GKC = model.outputs(batch)
+                if not mine:
+                    continue
+                score_GK = model.reading.pick(output_GKC, batch.column_GK)
+                loss_G = run.objective.of(batch, score_GK, output_GKC)
                 loss += Mean(float((loss_G * batch.weight_G).sum()), float(batch.weight_G.sum()))
                 right += run.objective.accuracy(*(t.cpu().numpy() for t in (score_GK, batch.target_GK, batch.mask_GK)))
     return _values(run.team.sum({"loss": loss, "accuracy": right}, model.device))
@@ -278,11 +342,16 @@ def _better(values: dict[str, float], best: dict[str, float], by: str) -> bool:
     return values["loss"] < best["loss"] if by == "loss" else values["accuracy"] > best["accuracy"]
 
 
-def _resume(run: Run, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def _resume(run: Run, optimizer: torch.optim.Optimizer, average: Average | None) -> dict[str, Any]:
     kept = checkpoints.steps(run.folder)
     if not kept:
         return {"step": 0, "best": {}}
-    return checkpoints.load(kept[-1], run.model.classifier, optimizer)
+    if run.team.sharded:
+        return checkpoints.load_shards(kept[-1], run.model.classifier, optimizer, average.mean if average is not None else None)
+    state = checkpoints.load(kept[-1], run.model.classifier, optimizer)
+    if average is not None and (tensors := checkpoints.load_average(kept[-1])) is not None:
+        average.restore(tensors)
+    return state
 
 
 class _Lines:

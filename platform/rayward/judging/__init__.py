@@ -26,12 +26,12 @@ from typing import Any
 import pyarrow as pa
 
 from rayward import dataflow
-from rayward.config import as_dict, choose
+from rayward.config import as_dict, choose, parse_settings
 from rayward.dataflow import Engine, Made, Recipe
 from rayward.errors import SettingsError
 from rayward.judging.answers import AnswerSettings, Judged, judge_answers
 from rayward.judging.steps import StepJudgeSettings, judge_steps
-from rayward.policies import HOW, POLICIES, drawn_by, make_policy, parse_settings
+from rayward.policies import HOW, POLICIES, drawn_by, make_policy
 from rayward.policies.asking import Asker, Budget, Spent, Tally, VerdictLog
 from rayward.records import rejects_table, rollouts_of, rollouts_table
 from rayward.storage import Dataset, open_dataset, sibling

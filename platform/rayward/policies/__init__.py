@@ -9,6 +9,7 @@
     toy             the solver of the toy world, whose true values are known                    here
     server          any OpenAI-compatible server: vLLM, SGLang, llama.cpp, OpenAI               server.py
     transformers    a causal language model in this process                                     local.py
+    vllm            vLLM inside Ray Data, on the GPUs at hand (extra `vllm`)                    engine.py
 
 A policy is a callable, so that a language model behind a server and the toy solver are the same to whoever samples. To add one, add a
 maker to POLICIES, or name your own as module:maker. One that has a method `stream` hands completions over as they are finished.
@@ -25,12 +26,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from rayward.config import choose, resolve
-from rayward.errors import DataError, SettingsError
+from rayward.errors import DataError
 from rayward.records import Prompt
 from rayward.steps import cut
 from rayward.toy_world import ToyWorld
 
-HOW = ("api_key_env", "backoff_s", "base_url", "batch_size", "concurrency", "device", "requests_per_minute", "retries", "timeout_s")
+HOW = (
+    *("api_key_env", "backoff_s", "base_url", "batch_size", "concurrency", "device", "requests_per_minute", "retries", "timeout_s"),
+    *("accelerator_type", "gpu_memory_utilization", "processor", "tensor_parallel_size"),
+)
 """Settings of any policy that say where and how fast it draws, not what."""
 
 
@@ -138,31 +142,18 @@ def _transformers(**settings: Any) -> Policy:
     return LocalPolicy(resolve(LocalSettings, settings))
 
 
-POLICIES: dict[str, Callable[..., Policy]] = {"toy": _toy, "server": _server, "transformers": _transformers}
+def _vllm(**settings: Any) -> Policy:
+    from rayward.policies.engine import VllmPolicy, VllmSettings
+
+    return VllmPolicy(resolve(VllmSettings, settings))
+
+
+POLICIES: dict[str, Callable[..., Policy]] = {"toy": _toy, "server": _server, "transformers": _transformers, "vllm": _vllm}
 
 
 def make_policy(name: str, settings: Mapping[str, Any] | None = None) -> Policy:
     """The policy of that name with these settings. Made once per process: a model is loaded here."""
     return choose(POLICIES, name, "policy")(**(settings or {}))
-
-
-def parse_settings(text: str, what: str) -> dict[str, Any]:
-    """A policy's settings from JSON text, the form in which commands and manifests have them.
-
-    >>> parse_settings('{"slip": 0.3}', "policy_settings")
-    {'slip': 0.3}
-    >>> parse_settings("[1]", "policy_settings")
-    Traceback (most recent call last):
-    rayward.errors.SettingsError: policy_settings='[1]' is not a JSON object of settings
-      -> write e.g. policy_settings={"temperature": 0.7}
-    """
-    try:
-        settings = json.loads(text)
-    except ValueError as error:
-        raise SettingsError(f"{what}={text!r} is not JSON: {error}", f'write e.g. {what}={{"temperature": 0.7}}') from None
-    if not isinstance(settings, dict):
-        raise SettingsError(f"{what}={text!r} is not a JSON object of settings", f'write e.g. {what}={{"temperature": 0.7}}')
-    return settings
 
 
 def drawn_by(name: str, settings: Mapping[str, Any]) -> str:

@@ -42,6 +42,10 @@ MANY_IN_A_ROW = 32  # requests that used up their tries one after the other, aft
 _ONE_REQUEST = re.compile(r"context.?length|maximum context|too long|too many tokens|content.?(?:filter|policy|management)", re.IGNORECASE)
 
 
+OURS = ("continue_final_message", "max_tokens", "messages", "model", "n", "seed", "stream", "temperature", "top_p")
+"""Fields of a request that `extra_body` may leave out (null) and never set."""
+
+
 @dataclass(frozen=True)
 class ServerSettings:
     """Which server, what is drawn, and how hard it may be pressed."""
@@ -69,6 +73,10 @@ class ServerSettings:
             raise ValueError("retries, backoff_s and requests_per_minute must be at least 0")
         if not isinstance(self.extra_body, Mapping):
             raise ValueError(f"extra_body={self.extra_body!r} is not an object of fields")
+        ours = sorted(name for name in OURS if self.extra_body.get(name) is not None)
+        if ours:
+            said = "those are settings, or differ from request to request; null leaves one out"
+            raise ValueError(f"extra_body sets {', '.join(ours)}: {said}")
         if not re.fullmatch(r"https?://[^\s@]+", self.base_url):
             raise ValueError("base_url is not http://HOST/v1 or https://HOST/v1 (and a name or password has no place in it)")
         if not re.fullmatch(r"(?:[A-Za-z_][A-Za-z0-9_]*)?", self.api_key_env):

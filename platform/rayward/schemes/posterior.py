@@ -11,7 +11,7 @@ the problem, and it holds for policies that repair their own errors, with which 
 
 >>> from rayward.schemes.states import Solution, State
 >>> solution = Solution(4, outcome=False, tokens=(40.0, 30.0, 20.0, 10.0), root_right=5, root_count=8)
->>> posterior([State(solution, (0, 0, 0, 0), (0, 0, 0, 0), (0, 0, 0, 0))], PosteriorSettings(cost="call"), "hard")
+>>> posterior([State(solution, (0, 0, 0, 0), (0, 0, 0, 0), (0, 0, 0, 0))], PosteriorSettings(), "hard")
 [[Ask(kept=3, times=1)]]
 >>> [decision] = posterior([State(solution, (0, 1, 2, 0), (0, 0, 0, 4), (0, 0, 0, 0))], PosteriorSettings(), "hard")
 >>> decision.first_error, decision.confidence > 0.9, [round(v, 2) for v in decision.soft]
@@ -45,7 +45,7 @@ class PosteriorSettings:
     alpha: float = 0.1  # hard: stop when the first error is known with posterior chance 1 - alpha
     sd: float = 0.1  # soft: stop when the mean posterior standard deviation of the values is at most this
     kappa: float = 0.5  # a step is the first error if it leaves less than this share of the value before it
-    cost: Literal["call", "token"] = "token"  # what is to be saved: completions, or tokens generated
+    cost: Literal["call", "token"] = "call"  # what is to be saved: completions, or tokens generated
     batch: int = 1  # completions a round: two on each of the best prefixes
     cap: int = 64  # completions after which the solution abstains
     least_gain: float = 0.002  # hard: stop, unsure, when one more completion would make a wrong label less likely by less than about this

@@ -160,6 +160,7 @@ class SkewSettings:
     k: int = 8  # failures that make a prefix wrong
     error: float | None = None  # instead of k: k per problem, so that a label is wrong with about this chance (k within 2..48)
     least_gain: float | None = None  # instead of k: draw until one more failure would make a wrong label less likely by less than this
+    cost: Literal["call", "token"] = "call"  # what is to be saved: completions, or tokens generated
     batch: int = 1  # completions a round
 
     def __post_init__(self) -> None:
@@ -171,6 +172,9 @@ class SkewSettings:
             raise ValueError(f"error={self.error} and least_gain={self.least_gain}: k follows from one of them")
 
 
+MOST_FAILURES = 48  # k where it follows from the pass rate
+
+
 def skew(states: Sequence[State], settings: SkewSettings) -> list[list[Ask] | Decision]:
     """Binary search with early stop, each split chosen by dynamic programming for the unequal costs of the two answers.
 
@@ -178,47 +182,60 @@ def skew(states: Sequence[State], settings: SkewSettings) -> list[list[Ask] | De
     """
     answers: list[list[Ask] | Decision] = []
     for state in states:
-        k = failures_needed(state.solution, settings)
-        table = splits(state.solution.tokens, k, state.solution.pass_rate)
+        of, k = state.solution, failures_needed(state.solution, settings)
+        table = splits(of.tokens if settings.cost == "token" else (1.0,) * of.steps, k, of.root_right, of.root_count)
         answers.append(_found(state, halve(state, any_of(k, settings.batch), lambda lo, hi, table=table: int(table[lo, hi]))))  # type: ignore[misc]
     return answers
 
 
-def failures_needed(solution: Solution, settings: SkewSettings) -> int:
-    """k; or from the pass rate v, within 2..48: the least k with ceil(log2 T) (1 - v)^k <= error, or with v (1 - v)^k <= least_gain.
+def all_fail(right: int, count: int, k: int) -> np.ndarray:
+    """P(the first 0, 1, .. k continuations of a good prefix all fail), for a problem of whose other answers `right` of `count` end right.
 
-    The error level spends most on hard problems. The gain spends where a completion buys most, so it is cheaper for a mean accuracy.
+    E[(1 - v)^k] = prod_{j<k} (b + j) / (a + b + j) with v ~ Beta(a, b), a = right + 1/2, b = count - right + 1/2 (Jeffreys): what few
+    other answers leave open makes failures by chance likelier than the mean of v does.
+
+    >>> all_fail(4, 8, 2).round(3).tolist()
+    [1.0, 0.5, 0.275]
     """
-    v = solution.pass_rate
-    if settings.error is not None and solution.steps > 1:
-        left = settings.error / math.ceil(math.log2(solution.steps))
-    elif settings.least_gain is not None:
-        left = min(1.0, settings.least_gain / v)
-    else:
+    j, a, b = np.arange(k), right + 0.5, count - right + 0.5
+    return np.concatenate([[1.0], np.cumprod((b + j) / (a + b + j))])
+
+
+def failures_needed(solution: Solution, settings: SkewSettings) -> int:
+    """k; or, of k within 2..48, the least with ceil(log2 T) (1 - v)^k <= error, or with E[v (1 - v)^k] <= least_gain.
+
+    v is the problem's pass rate: its mean for the error level, all that it may be for the gain (`all_fail`). The error level spends most
+    on hard problems. The gain spends where a completion buys most, so it is cheaper for a mean accuracy.
+    """
+    if settings.least_gain is not None:
+        gain = -np.diff(all_fail(solution.root_right, solution.root_count, MOST_FAILURES))  # E[v (1 - v)^k], falling in k
+        return min(MOST_FAILURES, max(2, int((gain > settings.least_gain).sum())))
+    if settings.error is None or solution.steps == 1:
         return settings.k
-    return min(48, max(2, math.ceil(math.log(left) / math.log1p(-v))))
+    v, left = solution.pass_rate, settings.error / math.ceil(math.log2(solution.steps))
+    return min(MOST_FAILURES, max(2, math.ceil(math.log(left) / math.log1p(-v))))
 
 
 @functools.lru_cache(maxsize=1 << 16)
-def splits(tokens: tuple[float, ...], k: int, pass_rate: float) -> np.ndarray:
-    """The split m of every interval (lo, hi) that makes the search cheapest in tokens; shape (T+1, T+1), 0 where there is none.
+def splits(cost_T: tuple[float, ...], k: int, right: int, count: int) -> np.ndarray:
+    """The split m of every interval (lo, hi) that makes the search cheapest; shape (T+1, T+1), 0 where there is none.
 
-    C(lo, hi) = min_m R_m [q k + (1 - q) (1 - (1 - v)^k) / v] + q C(lo, m) + (1 - q) C(m, hi) with q = (m - lo) / (hi - lo), the chance
-    that the error is in (lo, m] if every step is as likely; R_m the tokens of a continuation of m steps and v the pass rate.
+    C(lo, hi) = min_m R_m [q k + (1 - q) sum_{j<k} E[(1 - v)^j]] + q C(lo, m) + (1 - q) C(m, hi) with q = (m - lo) / (hi - lo), the chance
+    that the error is in (lo, m] if every step is as likely; R_m the cost of a continuation of m steps (`cost_T`: tokens, or 1) and v the
+    pass rate of a problem of whose other answers `right` of `count` end right.
 
-    >>> int(splits((40.0, 30.0, 20.0, 10.0), 8, 0.5)[0, 4])  # late prefixes are cheaper, and so are successes
+    >>> int(splits((40.0, 30.0, 20.0, 10.0), 8, 4, 8)[0, 4])  # a success is seen sooner than 8 failures
     1
     """
-    T, v = len(tokens), min(0.95, max(0.05, pass_rate))
-    good = (1 - (1 - v) ** k) / v
-    cost, best, R = np.zeros((T + 1, T + 1)), np.zeros((T + 1, T + 1), np.int32), np.asarray(tokens)
+    T, good = len(cost_T), all_fail(right, count, k)[:k].sum()
+    total, best, R = np.zeros((T + 1, T + 1)), np.zeros((T + 1, T + 1), np.int32), np.asarray(cost_T)
     for d in range(2, T + 1):
         lo = np.arange(T - d + 1)[:, None]
         m = lo + np.arange(1, d)
         bad = np.arange(1, d) / d
-        c = R[m] * (bad * k + (1 - bad) * good) + bad * cost[lo, m] + (1 - bad) * cost[m, lo + d]
+        c = R[m] * (bad * k + (1 - bad) * good) + bad * total[lo, m] + (1 - bad) * total[m, lo + d]
         at = c.argmin(1)
-        cost[lo[:, 0], lo[:, 0] + d] = c[np.arange(len(at)), at]
+        total[lo[:, 0], lo[:, 0] + d] = c[np.arange(len(at)), at]
         best[lo[:, 0], lo[:, 0] + d] = m[np.arange(len(at)), at]
     return best
 

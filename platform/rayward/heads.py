@@ -1,0 +1,179 @@
+"""Heads: what a model says at a place, and how it becomes one score.
+
+    output_GKC  float32   what the head says at every place, C outputs
+    score_GK    float32   what they come to: a reward, or the logit of being right
+
+    scalar       1  score                     the score itself
+    two_class    2  wrong, right              right - wrong: the logit of P(right) under a softmax over the two
+    three_class  3  wrong, neutral, right     the logit of P(right) + P(neutral) / 2
+    attributes   A  one per attribute         their weighted mean
+    debiased     2  quality, length           quality: what the answer's length explains is left behind (ODIN, arXiv 2402.07319)
+
+A head is linear, or has a hidden layer (`layers=2`). It can start from rows of a language model's output layer (`token_rows`): with two
+classes, tokens "+ -" and the loss on these two logits alone it is the process reward model of Math-Shepherd (arXiv 2312.08935, eq. 2).
+
+>>> import torch
+>>> Reading("two_class", ("wrong", "right"))(torch.tensor([[[0.0, 2.0]]]))
+tensor([[2.]])
+>>> Reading("three_class", ("wrong", "neutral", "right"))(torch.tensor([[[0.0, 5.0, 0.0]]]))
+tensor([[0.]])
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rayward.config import choose, parse_settings
+from rayward.errors import ModelError, SettingsError
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A head in words: its kind, the names of its outputs, and what a weighted mean weighs."""
+
+    kind: str = "scalar"
+    names: tuple[str, ...] = ("score",)
+    weights: tuple[float, ...] = ()  # of attributes, summing to 1
+    layers: int = 1
+
+    def __call__(self, output_GKC: Tensor) -> Tensor:
+        """score_GK."""
+        return KINDS[self.kind].read(output_GKC, self)
+
+    def fits(self, other: Reading) -> bool:
+        """Whether the weights of one are weights of the other: what a mean weighs is no weight of the model."""
+        return (self.kind, self.names, self.layers) == (other.kind, other.names, other.layers)
+
+    @property
+    def attributes(self) -> tuple[str, ...]:
+        """The names that a target may have."""
+        return self.names if self.kind == "attributes" else ()
+
+    def pick(self, output_GKC: Tensor, column_GK: Tensor) -> Tensor:
+        """score_GK: the output that a target is about, and the score of all of them where it is about none (-1)."""
+        score_GK = self(output_GKC)
+        if not self.attributes:
+            return score_GK
+        own_GK = output_GKC.gather(-1, column_GK.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        return torch.where(column_GK < 0, score_GK, own_GK)
+
+    def as_notes(self) -> dict[str, Any]:
+        """What is saved with a model."""
+        return {"kind": self.kind, "names": list(self.names), "weights": list(self.weights), "layers": self.layers}
+
+    @classmethod
+    def of_notes(cls, notes: Mapping[str, Any] | None) -> Reading:
+        """The head that a saved model says it has; one without a word has one score."""
+        if not notes:
+            return cls()
+        choose(KINDS, notes["kind"], "head")
+        return cls(notes["kind"], tuple(notes["names"]), tuple(notes["weights"]), notes["layers"])
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a kind of head is read, and what its outputs are called."""
+
+    names: tuple[str, ...]  # (): the attributes of the examples
+    read: Callable[[Tensor, Reading], Tensor]
+    tokens: int = 0  # how many tokens of a language model it can start from, in the order right, (neutral,) wrong; 0: none
+
+
+def _three_class(output_GKC: Tensor, reading: Reading) -> Tensor:
+    wrong, neutral, right = output_GKC.unbind(-1)
+    half = neutral - math.log(2)
+    return torch.logaddexp(right, half) - torch.logaddexp(wrong, half)
+
+
+def _weighted_mean(output_GKC: Tensor, reading: Reading) -> Tensor:
+    return (output_GKC * output_GKC.new_tensor(reading.weights)).sum(-1)  # no matrix product: autocast would round it
+
+
+KINDS: dict[str, Kind] = {
+    "scalar": Kind(("score",), lambda output_GKC, reading: output_GKC[..., 0], tokens=2),
+    "two_class": Kind(("wrong", "right"), lambda output_GKC, reading: output_GKC[..., 1] - output_GKC[..., 0], tokens=2),
+    "three_class": Kind(("wrong", "neutral", "right"), _three_class, tokens=3),
+    "attributes": Kind((), _weighted_mean),
+    "debiased": Kind(("quality", "length"), lambda output_GKC, reading: output_GKC[..., 0]),
+}
+
+
+def make_reading(kind: str, layers: int = 1, attributes: Sequence[str] = (), weights: str = "{}") -> Reading:
+    """The head of that kind; `weights` is JSON of attribute -> weight, those not named weigh nothing, and without any all weigh alike.
+
+    >>> make_reading("attributes", attributes=("helpful", "short"), weights='{"helpful": 3, "short": -1}').weights
+    (1.5, -0.5)
+
+    Raises:
+        SettingsError: if there are no attributes to name the outputs, or the weights are not numbers of theirs that add up to more than 0.
+    """
+    entry = choose(KINDS, kind, "head")
+    names = entry.names or tuple(attributes)
+    if not names:
+        raise SettingsError("head=attributes needs examples with named targets", "label them: rayward run label_attributes ...")
+    given = parse_settings(weights, "attribute_weights")
+    unknown = sorted(set(given) - set(names))
+    if given and (entry.names or unknown):
+        said = f"the attributes are {', '.join(names)}" if not entry.names else f"head={kind} has none"
+        raise SettingsError(f"attribute_weights names {', '.join(unknown or given)}, and {said}", "leave it out, or name what there is")
+    for name, weight in given.items():
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+            raise SettingsError(f"attribute_weights: {name}={weight!r} is not a number", f'e.g. {{"{name}": 1}}')
+    plain = [float(given[name]) if name in given else float(not given) for name in names]
+    if not entry.names and sum(plain) <= 0:  # a mean that is divided by less than nothing would turn its signs round
+        raise SettingsError(f"attribute_weights={weights} add up to {sum(plain):g}", "give weights that add up to more than 0, e.g. to 1")
+    return Reading(kind, names, () if entry.names else tuple(w / sum(plain) for w in plain), layers)
+
+
+def make_head(width: int, reading: Reading) -> nn.Module:
+    """A fresh head: Normal with standard deviation 1/sqrt(d+1), bias 0 (Stiennon et al. 2020, arXiv 2009.01325, appendix B.1)."""
+    C = len(reading.names)
+    if reading.layers == 1:
+        return fresh(nn.Linear(width, C, bias=False))
+    return nn.Sequential(fresh(nn.Linear(width, width)), nn.ReLU(), fresh(nn.Linear(width, C)))
+
+
+def fresh(layer: nn.Linear) -> nn.Linear:
+    """A linear layer with fresh weights."""
+    nn.init.normal_(layer.weight, std=(layer.in_features + 1) ** -0.5)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+def token_ids(tokenizer: Any, tokens: str, reading: Reading) -> list[int]:
+    """The ids of tokens given as text, in the order right, (neutral,) wrong; each must be one token.
+
+    Raises:
+        ModelError: if there are not as many as the head has classes, or one is not a single token.
+    """
+    wanted, words = KINDS[reading.kind].tokens, tokens.split()
+    if len(words) != wanted or reading.layers != 1:
+        said = f"takes {wanted} tokens, right first" if wanted and reading.layers == 1 else "starts from no tokens"
+        raise ModelError(f"head_tokens={tokens!r}: head={reading.kind} with layers={reading.layers} {said}", 'e.g. "+ -" for two_class')
+    ids = []
+    for word in words:
+        known = tokenizer.convert_tokens_to_ids(word)
+        pieces = [known] if known not in (None, tokenizer.unk_token_id) else tokenizer(word, add_special_tokens=False)["input_ids"]
+        if len(pieces) != 1 or pieces[0] == tokenizer.unk_token_id:
+            raise ModelError(f"head_tokens: {word!r} is not one token of this tokenizer", "name tokens of its vocabulary")
+        ids.append(int(pieces[0]))
+    if len(set(ids)) < len(ids):
+        raise ModelError(f"head_tokens={tokens!r} are not different tokens", "name a token for right and another for wrong")
+    return ids
+
+
+@torch.no_grad()
+def start_from_rows(head: nn.Module, row_ND: Tensor, reading: Reading) -> None:
+    """Give a linear head the language model's rows of some tokens, in the order right, (neutral,) wrong: it then says what they say."""
+    assert isinstance(head, nn.Linear), f"a head of {reading.layers} layers cannot start from rows"
+    rows = row_ND.to(head.weight)
+    head.weight.copy_(rows[:1] - rows[1:] if reading.kind == "scalar" else rows.flip(0))
+    if head.bias is not None:
+        nn.init.zeros_(head.bias)
