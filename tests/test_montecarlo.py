@@ -339,6 +339,8 @@ def test_what_an_example_holds(want: str, scheme: str, tmp_path: Path) -> None:
         for place, (value, count) in enumerate(zip(said[want], example.counts, strict=True)):
             behind = graded[place + 1] if place + 1 < len(graded) else 0
             assert count == (0 if value is None else max(1, behind))
+        texts = {kept: {line["text"] for line in mine if line["kept"] == kept} for kept in range(len(rollout.steps))}
+        assert json.loads(example.provenance["distinct"]) == [len(texts[kept]) for kept in range(len(rollout.steps))]
         for name in VERDICTS:
             verdicts[name] += sum(said[name])
         by_kept = Counter(line["kept"] for line in mine)

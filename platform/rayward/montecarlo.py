@@ -293,7 +293,7 @@ class _PartLabeler:
         numbers = {
             **{name: _rounded(getattr(decision, name), len(tally.right)) for name in ("hard", "soft", "sd")},
             "confidence": None if decision.confidence is None else round(decision.confidence, DIGITS),
-            **{name: getattr(tally, name) for name in VERDICTS},
+            **{name: getattr(tally, name) for name in (*VERDICTS, "distinct")},
             "generated_tokens": tally.generated_tokens,
             "prompt_tokens": tally.prompt_tokens,
         }
@@ -330,6 +330,7 @@ class Tally:
     timeouts: list[int]  # whole, and the verifier did not come to an end
     truncated: list[int]  # cut off, so its outcome is unknown
     failed: list[int]  # never written: the policy failed
+    texts: list[set[int]]  # hashes of what was written
     failure: str = ""  # the last one, in the policy's words
     generated_tokens: int = 0
     prompt_tokens: int = 0
@@ -337,7 +338,12 @@ class Tally:
     @classmethod
     def of(cls, steps: int) -> Tally:
         """Nothing drawn yet of a solution of so many steps."""
-        return cls(*([0] * steps for _ in VERDICTS))  # type: ignore[arg-type]
+        return cls(*([0] * steps for _ in VERDICTS), texts=[set() for _ in range(steps)])  # type: ignore[arg-type,misc]
+
+    @property
+    def distinct(self) -> list[int]:
+        """Different texts among what was written: where there are fewer than draws, the policy repeats itself, and they tell less."""
+        return [len(texts) for texts in self.texts]
 
     @property
     def graded(self) -> list[int]:
@@ -394,9 +400,7 @@ def capacity(policy: Policy) -> int:
     >>> capacity(ToyPolicy())
     256
     """
-    said = getattr(policy, "settings", None)
-    named = [getattr(said, name) for name in ("concurrency", "batch_size") if hasattr(said, name)]
-    return int(named[0]) if named else 0 if hasattr(policy, "stream") else TOGETHER
+    return int(getattr(policy, "capacity", 0 if hasattr(policy, "stream") else TOGETHER))
 
 
 def draw(
@@ -434,6 +438,8 @@ def draw(
         if reply.finish_reason != "stop":
             which = tally.failed if reply.finish_reason == "error" else tally.truncated
             tally.failure = reply.error or tally.failure
+        if reply.finish_reason != "error":
+            tally.texts[kept].add(hash(reply.text))
         which[kept] += 1
         tally.generated_tokens += reply.generated_tokens
         tally.prompt_tokens += reply.prompt_tokens

@@ -24,26 +24,26 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from rayward import attention, heads
+from rayward import attention, foreign, heads
 from rayward.batching import ANSWERS, Batch, BatchSettings, collate, micro_batches
 from rayward.config import choose, parse_settings
 from rayward.errors import ModelError, RaywardError
 from rayward.heads import Reading
+from rayward.pooling import POOLINGS, Pooling, width_of
 from rayward.records import Example
 from rayward.rendering import Group, tag_token
 
 SCALAR = Reading()
-Pooling = Literal["auto", "last", "first", "mean", "own"]
 
 
 @dataclass(frozen=True)
 class ModelSettings:
     """Which model, and how a score is read from it."""
 
-    pooling: Pooling = "auto"  # last: at the place; mean, first: over the sequence; own: the class's own way; auto: last if causal
+    pooling: Pooling = "auto"  # last: at the place; first, mean, max, mean_max: of the sequence; own: the class's way; auto: last if causal
     new_head: bool = False  # put a fresh head on a model that has none (a base model); without it, a missing head is an error
     head: str = "auto"  # scalar, two_class, three_class, attributes or debiased (heads.KINDS); auto: the model's own, else by the labels
     head_layers: int = 1  # 2: a hidden layer before the outputs of a new head
@@ -100,6 +100,7 @@ class RewardModel(nn.Module):
                 "use --set net.pooling=own",
             )
         if plain:
+            _check_width(self.head, self.pooling, classifier.config)
             self.head.float()
         self.train(classifier.training)
 
@@ -136,12 +137,8 @@ class RewardModel(nn.Module):
         hidden_BTD = self.hidden(batch)
         if self.pooling == "last":
             pooled_GKD = hidden_BTD.flatten(0, 1)[batch.place_GK]
-        elif self.pooling == "first":
-            pooled_GKD = hidden_BTD[:, 0][batch.place_GK // T]
         else:
-            real_BT1 = (batch.segment_BT >= 0).unsqueeze(-1)
-            mean_BD = (hidden_BTD.float() * real_BT1).sum(1) / real_BT1.sum(1)
-            pooled_GKD = mean_BD[batch.place_GK // T]
+            pooled_GKD = POOLINGS[self.pooling](hidden_BTD, batch.segment_BT >= 0)[batch.place_GK // T]
         with torch.autocast(pooled_GKD.device.type, enabled=False):
             return self.head(pooled_GKD.float())
 
@@ -191,6 +188,18 @@ def _body(classifier: Any) -> Any:
     body = classifier.base_model
     assert body is not classifier, f"{type(classifier).__name__} has no body of its own"
     return body
+
+
+def _check_width(head: nn.Module, pooling: str, config: Any) -> None:
+    """Whether a head is as wide as what is read."""
+    reads = next(m for m in head.modules() if isinstance(m, nn.Linear)).in_features
+    own = config.get_text_config()
+    wide = width_of(pooling) * (getattr(own, "word_embed_proj_dim", None) or own.hidden_size)  # OPT projects what it says
+    if pooling != "own" and reads != wide:
+        raise ModelError(
+            f"pooling={pooling} reads {wide} numbers per sequence, and the head takes {reads}",
+            "leave net.pooling out to go on with the head that is there, or put a fresh one in its place: --set net.new_head=true",
+        )
 
 
 def _inputs(module: Any, batch: Batch, *, packed: bool, flat: bool = False) -> dict[str, Any]:
@@ -316,7 +325,10 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
         config = AutoConfig.from_pretrained(path, **options)
         notes = dict(getattr(config, "rayward", None) or {})
-        reading = _reading(path, settings, notes, attributes)
+        stored = foreign.stored_head(path)
+        reading = _reading_of(path, settings, notes, attributes, stored)
+        pooling = settings.pooling if settings.pooling != "auto" else notes.get("pooling") or "auto"
+        _check_class(path, config)
         classifier, info = AutoModelForSequenceClassification.from_pretrained(
             path,
             num_labels=len(reading.names),
@@ -335,20 +347,23 @@ def load_model(
             "give a folder with config.json, model.safetensors and a tokenizer, a name on the hub, models:/NAME@ALIAS, or tiny",
         ) from None
     kept = bool(notes) and reading.fits(Reading.of_notes(notes.get("head")))
-    deep = kept and reading.layers > 1  # a head that Hugging Face's class does not know
-    head = _without_head(path, settings, info, deep)
-    pooling = settings.pooling if settings.pooling != "auto" else notes.get("pooling") or "auto"
-    if deep:
-        _restore_head(path, classifier, reading)
-    elif head or (notes and not kept):
-        _fresh_head(classifier, reading)
+    adopted = stored is not None and (kept or not notes) and _adopt(path, classifier, stored, reading, pooling)
+    if kept and reading.layers > 1 and not adopted:
+        raise ModelError(f"--model {path} lacks weights of its head of {reading.layers} layers", "save it again")
+    head = _without_head(path, settings, info, adopted)
+    narrow = settings.new_head and not adopted and width_of(pooling) > 1
+    if head or (notes and not kept) or narrow:
+        _fresh_head(classifier, reading, pooling)
         if settings.head_tokens:
+            if width_of(pooling) > 1:
+                raise ModelError(f"head_tokens starts a head that reads a token, and pooling={pooling} reads more", "leave one of them out")
             rows = _token_rows(path, heads.token_ids(tokenizer, settings.head_tokens, reading), options)
             heads.start_from_rows(getattr(classifier, _head_name(classifier)), rows, reading)
     elif settings.new_head and settings.head_tokens:
         raise ModelError(f"--model {path} has a head, and head_tokens starts a new one", "leave head_tokens out, or name a language model")
     classifier.config.id2label = dict(enumerate(reading.names))
     classifier.config.label2id = {name: n for n, name in enumerate(reading.names)}
+    foreign.drop_normaliser(classifier.config)
     _with_padding(classifier, tokenizer)
     if not settings.dropout:
         _without_dropout(classifier)
@@ -369,14 +384,60 @@ def _without_head(path: str, settings: ModelSettings, info: dict[str, Any], deep
             "name the head it has, e.g. --set net.head=two_class, or put a fresh one in its place: --set net.new_head=true",
         )
     if holes or (missing and not settings.new_head):
-        lacking = holes or missing
+        lacking, unused = holes or missing, sorted(info["unexpected_keys"])
+        beside = f" and has some that its class has no place for: {_some(unused)}" if unused else ""
         raise ModelError(
-            f"--model {path} lacks weights for {', '.join(lacking[:4])}{' ...' if len(lacking) > 4 else ''}",
+            f"--model {path} lacks weights for {_some(lacking)}{beside}",
             "the body is not whole: save it again"
             if holes
             else "if it is a base model and is to get a fresh head, say --set net.new_head=true",
         )
     return head
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (" ..." if len(names) > 4 else "")
+
+
+def _check_class(path: str, config: Any) -> None:
+    """Whether there is a sequence classifier for a body: in transformers, or with the model."""
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+    brought = getattr(config, "auto_map", None) or {}
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING and "AutoModelForSequenceClassification" not in brought:
+        raise ModelError(
+            f"--model {path} cannot be loaded: transformers has no sequence classifier for bodies of type {config.model_type}",
+            "take a body that has one, e.g. qwen3, llama, gemma3_text, mixtral, jamba or modernbert",
+        )
+
+
+def _reading_of(
+    path: str, settings: ModelSettings, notes: dict[str, Any], attributes: Sequence[str], stored: foreign.StoredHead | None
+) -> Reading:
+    """The head that is there, made here or elsewhere, or the one that is asked for."""
+    if notes or stored is None or settings.new_head:
+        return _reading(path, settings, notes, attributes)
+    single = replace(settings, head_layers=1) if stored.layers > 1 else settings
+    reading = replace(_reading(path, single, notes, attributes), layers=stored.layers)
+    if stored.outputs != len(reading.names):
+        raise ModelError(
+            f"--model {path} cannot be loaded with head={settings.head}: its own has {stored.outputs} outputs",
+            "name the head it has, e.g. --set net.head=two_class, or put a fresh one in its place: --set net.new_head=true",
+        )
+    return reading
+
+
+def _adopt(path: str, classifier: Any, stored: foreign.StoredHead, reading: Reading, pooling: str) -> bool:
+    """Whether the class's head was replaced by one that lies in the checkpoint in a way that the class does not know."""
+    name = _head_name(classifier)
+    there = getattr(classifier, name)
+    fits = (stored.outputs, stored.layers) == (len(reading.names), reading.layers)
+    if not fits or not isinstance(there, nn.Linear) or stored.width != width_of(pooling) * there.in_features:
+        return False
+    try:
+        return foreign.adopt(classifier, name, stored)
+    except (KeyError, OSError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"--model {path} lacks weights of its head of {reading.layers} layers: {error}", "save it again") from None
 
 
 def _reading(path: str, settings: ModelSettings, notes: dict[str, Any], attributes: Sequence[str]) -> Reading:
@@ -403,26 +464,6 @@ def _reading(path: str, settings: ModelSettings, notes: dict[str, Any], attribut
 
 def _in_words(reading: Reading) -> str:
     return f"kind {reading.kind} ({', '.join(reading.names)}; {reading.layers} layer{'s' if reading.layers > 1 else ''})"
-
-
-def _restore_head(path: str, classifier: Any, reading: Reading) -> None:
-    """The head of several layers as it was saved."""
-    from transformers.utils import cached_file
-
-    name = _head_name(classifier)
-    made = heads.make_head(getattr(classifier, name).in_features, reading)
-    setattr(classifier, name, made)
-    index = cached_file(path, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
-    where = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"] if index else {}
-    weights = {}
-    try:
-        for key in made.state_dict():
-            file = cached_file(path, where[f"{name}.{key}"] if where else "model.safetensors")
-            with safe_open(file, "pt") as tensors:
-                weights[key] = tensors.get_tensor(f"{name}.{key}")
-        made.load_state_dict(weights)
-    except (KeyError, OSError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"--model {path} lacks weights of its head of {reading.layers} layers: {error}", "save it again") from None
 
 
 @torch.no_grad()
@@ -479,24 +520,30 @@ def _quiet() -> None:
 
 def _head_name(classifier: Any) -> str:
     name = next((name for name in HEADS if isinstance(getattr(classifier, name, None), nn.Module)), "")
-    assert name, f"{type(classifier).__name__} has neither of {', '.join(HEADS)}"
+    if not name:
+        raise ModelError(
+            f"{type(classifier).__name__} has no head called {' or '.join(HEADS)}",
+            "put a fresh one on the language model that it was made from",
+        )
     return name
 
 
-def _fresh_head(classifier: Any, reading: Reading) -> None:
-    """Fresh weights in the class's own head, or a head of several layers in its place."""
+def _fresh_head(classifier: Any, reading: Reading, pooling: str = "auto") -> None:
+    """Fresh weights in the class's own head, or a head of several layers, or of twice the width, in its place."""
     name = _head_name(classifier)
     head = getattr(classifier, name)
-    if reading.layers == 1:
+    wide = width_of(pooling)
+    if reading.layers == 1 and wide == 1:
         for layer in head.modules():
             if isinstance(layer, nn.Linear):
                 heads.fresh(layer)
     elif isinstance(head, nn.Linear):
-        setattr(classifier, name, heads.make_head(head.in_features, reading))
+        setattr(classifier, name, heads.make_head(wide * head.in_features, reading))
     else:
+        asked = f"head_layers={reading.layers}" if wide == 1 else f"pooling={pooling}"
         raise ModelError(
-            f"head_layers={reading.layers} takes the place of a linear head, and {type(classifier).__name__} has a {type(head).__name__}",
-            "leave head_layers out",
+            f"{asked} takes the place of a linear head, and {type(classifier).__name__} has a {type(head).__name__}",
+            "leave it out",
         )
 
 
@@ -561,7 +608,7 @@ def tiny_model(examples: Iterable[Example], settings: ModelSettings, max_length:
     )
     torch.manual_seed(seed)
     classifier = Qwen3ForSequenceClassification(config)
-    _fresh_head(classifier, reading)
+    _fresh_head(classifier, reading, settings.pooling)
     return Loaded(RewardModel(classifier, settings.pooling, max_length, reading), tokenizer, {})
 
 

@@ -77,7 +77,7 @@ def lambdarank(score_GK: Tensor, target_GK: Tensor, mask_GK: Tensor) -> Tensor:
         |gain_i - gain_j| * |1 / log2(1 + rank_i) - 1 / log2(1 + rank_j)| / ideal DCG      gain = 2^level - 1
 
     `rank` is that of a place by its score now, 1 the highest (`places.rank`); level counts the different targets below a place. The
-    weights are constants, so that the gradient is the paper's lambda with sigma = 1. They follow the ranks: values of this loss at different
+    weights are constants, so that the gradient is the paper's lambda with sigma = 1. They follow the ranks: values at different
     scores do not compare, so keep weights by accuracy (`train.best_by`). Mistakes near the top weigh most. Shift-invariant.
     """
     pair_GKK = better(target_GK, mask_GK)

@@ -115,7 +115,7 @@ class VllmPolicy:
                 "policy=vllm needs vLLM, which is not installed here",
                 "pip install 'rayward[vllm]' on a machine with a GPU; or start vllm serve on one, and take policy=server",
             )
-        self.settings = settings
+        self.settings, self.capacity = settings, TOGETHER
         self.tokenizer = _tokenizer(settings)
         self.ends = _ends(settings, self.tokenizer)
         as_tokens = {self.tokenizer.decode([token]) for token in self.ends}

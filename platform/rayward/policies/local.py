@@ -56,7 +56,7 @@ class LocalPolicy:
     """A causal language model and its tokenizer."""
 
     def __init__(self, settings: LocalSettings):
-        self.settings = settings
+        self.settings, self.capacity = settings, settings.batch_size
         self.model, self.tokenizer = _load(settings)
         self.device = next(self.model.parameters()).device
         taken = inspect.signature(self.model.forward).parameters

@@ -104,7 +104,7 @@ class ServerPolicy:
     """The model behind a server."""
 
     def __init__(self, settings: ServerSettings):
-        self.settings = settings
+        self.settings, self.capacity = settings, settings.concurrency
         self.url = settings.base_url.rstrip("/") + "/chat/completions"
         self._key = ""
         if settings.api_key_env:
