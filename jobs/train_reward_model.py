@@ -28,7 +28,7 @@ class Settings:
     output: str  # folder for the run and the model
     model: str = "tiny"  # folder or hub name of a model, models:/NAME@ALIAS, or tiny: a small decoder from scratch
     objective: str = "auto"  # a loss (objectives.OBJECTIVES, docs/objectives.md), module:loss, or auto: what the labels are for
-    objective_settings: str = "{}"  # JSON of the loss's own settings, e.g. '{"by_count": true}' for binary_cross_entropy
+    objective_settings: str = "{}"  # JSON of the loss's own settings, e.g. '{"by_count": 8}' for binary_cross_entropy
     regularise: str = "{}"  # JSON of terms that add to the loss and their weights, e.g. '{"centre": 0.01}'
     workers: int = 1  # 1 trains in this process, more on a group of Ray Train workers
     register: str = ""  # name to register the model under

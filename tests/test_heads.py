@@ -119,10 +119,10 @@ def test_counts_weigh_places(objective: str, seed: int) -> None:
     kind = "three_class" if objective == "three_class" else "two_class"
     reading, output_GKC, target_GK, mask_GK, count_GK = random_outputs(kind, seed)
     more = {"output_GKC": output_GKC} if objective == "three_class" else {}
-    loss = make_objective(objective, '{"by_count": true}').loss
+    loss = make_objective(objective, '{"by_count": 4}').loss
     loss_G = loss(reading(output_GKC), target_GK, mask_GK, count_GK=count_GK, **more)
     for g in range(len(output_GKC)):
-        total = weight = 0.0
+        total, places = 0.0, 0
         for k in range(output_GKC.shape[1]):
             if not mask_GK[g, k]:
                 continue
@@ -130,8 +130,8 @@ def test_counts_weigh_places(objective: str, seed: int) -> None:
             share = [1 - t, t] if kind == "two_class" else [max(0.0, 1 - 2 * t), 1 - abs(2 * t - 1), max(0.0, 2 * t - 1)]
             norm = math.log(sum(map(math.exp, logit)))
             total += float(count_GK[g, k]) * sum(s * (norm - x) for s, x in zip(share, logit, strict=True))
-            weight += float(count_GK[g, k])
-        assert loss_G[g].item() == pytest.approx(total / weight if weight else 0.0, rel=1e-6)
+            places += 1
+        assert loss_G[g].item() == pytest.approx(total / 4 / places if places else 0.0, rel=1e-6)
 
 
 @pytest.mark.parametrize("junk", [0.0, 1e30, math.inf, math.nan])
@@ -612,3 +612,10 @@ def test_attributes_train_with_what_nobody_rated_masked(store: Path, tmp_path: P
         np.testing.assert_allclose(mean, parts @ [1.5, -0.5], rtol=1e-4, atol=1e-5)
     words = ("--model", tmp_path / "job" / "model", "--examples", tmp_path / "examples", "--output", tmp_path / "report")
     here("evaluate_model", *words).mistake("2 targets per answer", "evaluate one attribute")
+
+
+def test_counts_weigh_examples_too() -> None:
+    loss = make_objective("binary_cross_entropy", '{"by_count": 8}').loss
+    score, target, mask = torch.ones(2, 1), torch.full((2, 1), 0.5), torch.ones(2, 1, dtype=torch.bool)
+    much, little = loss(score, target, mask, count_GK=torch.tensor([[16.0], [2.0]])).tolist()
+    assert much == pytest.approx(8 * little)

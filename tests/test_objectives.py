@@ -318,7 +318,7 @@ REFUSED: list[tuple[str, str, str, str]] = [
     ("listnet", '{"temperature": 0}', "{}", "temperature=0 is not a number from 0 up"),
     ("bradley_terry", '{"smoothing": -0.1}', "{}", "smoothing=-0.1 is not a number from 0 up"),
     ("bradley_terry", '{"smoothing": "much"}', "{}", "smoothing='much' is not a number"),
-    ("binary_cross_entropy", '{"by_count": 1}', "{}", "by_count=1 is not true or false"),
+    ("binary_cross_entropy", '{"by_count": true}', "{}", "by_count=True is not a number"),
     ("hinge", '{"margin": true}', "{}", "margin=True is not a number"),
     ("hinge", "{}", '{"centre": -1}', "regularise: centre=-1 is not a number from 0 up"),
     ("hinge", "{}", '{"center": 1}', "did you mean centre"),

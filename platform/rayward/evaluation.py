@@ -2,6 +2,7 @@
 
 Which numbers there are follows from the examples:
 
+    several attributes per answer     for each: correlation with the ratings, and all of the following
     answers that differ in target     accuracy, calibration of score differences, the length baseline beside them, best-of-K
     segments with probabilities       step accuracy, calibration of scores
     answers of several segments       also first-error F1, PRMScore, where the least score lies, best-of-K by every aggregation
@@ -18,7 +19,7 @@ import io
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,10 @@ class Report:
                 flat["least_on_last"] = segments["least_on_last"]["share"]
             if "best_of" in segments:
                 flat |= {f"best_of_{how}": value for how, value in segments["best_of"]["picked"].items()}
+        for name, said in (self.numbers.get("attributes") or {}).items():
+            flat |= {f"{name}_spearman": said["spearman"], f"{name}_rmse": said["rmse"]}
+            if "order" in said:
+                flat[f"{name}_accuracy"] = said["order"]["accuracy"]["value"]
         if "best_of" in self.numbers:
             flat |= {
                 "best_of_picked": self.numbers["best_of"]["picked"],
@@ -76,19 +81,14 @@ def evaluate(
     examples: Sequence[Example], score: Callable[[Sequence[Example]], list[tuple[float, ...] | Rejected]], name: str, model: str
 ) -> tuple[Report, pa.Table]:
     """Score examples and judge the scores; also one row per example with everything needed to compute the numbers again."""
-    for example in examples:
-        if len(example.attributes) > 1:
-            raise DataError(
-                f"example {example.id} has {len(example.attributes)} targets per answer, and a model gives one score",
-                "evaluate one attribute: rayward run label_attributes ... --attributes NAME",
-            )
     scores = score(examples)
     kept = [(e, s) for e, s in zip(examples, scores, strict=True) if not isinstance(s, Rejected)]
     left_out: dict[str, int] = {}
     for s in scores:
         if isinstance(s, Rejected):
             left_out[s.category] = left_out.get(s.category, 0) + 1
-    report = judge([e for e, _ in kept], [s for _, s in kept])
+    named = any(len(e.attributes) > 1 for e in examples)
+    report = (_judge_attributes if named else judge)([e for e, _ in kept], [s for _, s in kept])
     head = {"name": name, "model": model, "examples_in": len(examples), "examples_scored": len(kept), "left_out": left_out}
     rows = pa.table(
         {
@@ -134,6 +134,36 @@ def judge(examples: Sequence[Example], scores: metrics.Scores) -> Report:
         numbers["segments"] = _segments(part, part_scores)
         plots |= _segment_plots(part, part_scores)
     return Report(numbers, plots, worst)
+
+
+def _judge_attributes(examples: Sequence[Example], scores: metrics.Scores) -> Report:
+    """What can be said of every attribute by itself, of the answers that were rated on it."""
+    numbers: dict[str, Any] = {"prompts": len({e.prompt for e in examples}), "attributes": {}}
+    plots: dict[str, str] = {}
+    for name in dict.fromkeys(name for e in examples for name in e.attributes):
+        part: list[Example] = []
+        part_scores: list[tuple[float, ...]] = []
+        for example, score in zip(examples, scores, strict=True):
+            if (rated := _rated_on(example, name)) is not None:
+                part.append(rated[0])
+                part_scores.append(tuple(score[k] for k in rated[1]))
+        if part:
+            said = judge(part, part_scores)
+            flat = [np.array([v for values in every for v in values], float) for every in (part_scores, [e.targets for e in part])]
+            numbers["attributes"][name] = {**metrics.rating_agreement(*flat), **said.numbers}
+            plots |= {f"{name}: {title}": plot for title, plot in said.plots.items()}
+    return Report(numbers, plots, [])
+
+
+def _rated_on(example: Example, name: str) -> tuple[Example, list[int]] | None:
+    """The answers that were rated on an attribute, as an example of that rating alone, and where its targets were; None if none was."""
+    names = example.attributes
+    at = [k for k, count in enumerate(example.counts) if count and names[k % len(names)] == name]
+    if not at:
+        return None
+    answers = tuple(example.answers[k // len(names)] for k in at)
+    targets, counts = tuple(example.targets[k] for k in at), tuple(example.counts[k] for k in at)
+    return replace(example, answers=answers, targets=targets, counts=counts, attributes=()), at
 
 
 def _has_probabilities(example: Example) -> bool:

@@ -260,6 +260,8 @@ def _check_targets(name: str, objective: Objective, groups: Groups) -> None:
             f"objective={name} needs targets between 0 and 1; these lie between {low:g} and {high:g}",
             "use bradley_terry or plackett_luce for rewards, or label outcomes, steps or votes",
         )
+    if objective.steps and not groups.has_steps():
+        raise SettingsError(f"objective={name} compares the steps of an answer, and no answer has steps", "label steps, or name another")
     if objective.compares and not groups.has_order():
         raise SettingsError(
             f"objective={name} compares places of one example, and no example has two with different targets",
@@ -526,7 +528,7 @@ def _temperature(loaded: Loaded, held: Groups, objective: Objective, settings: F
             for s, g in zip(scores, groups, strict=True)
             for i in range(len(s))
             for j in range(len(s))
-            if g.target_K[i] > g.target_K[j]
+            if g.target_K[i] > g.target_K[j] and (g.column_K is None or g.column_K[i] == g.column_K[j])
         ]
         logit, target = np.array(gaps), np.ones(len(gaps))
     return metrics.fit_temperature(logit, (target * len(target) + 1) / (len(target) + 2))

@@ -1,10 +1,11 @@
 """Heads that other projects wrote: found by the names of their weights, loaded as they are.
 
-    score.weight (, score.bias)           TRL, OpenRLHF; with a bias where a token classifier was saved (TRL's PRMTrainer)
-    score.{0,2}.{weight,bias}             Qwen2.5-Math-PRM (two outputs), Qwen2.5-Math-RM (one)
-    value_head.weight                     OpenRLHF before the head was called `score`
-    v_head.summary.{weight,bias}          TRL's value head on a language model, in model.safetensors or, as LLaMA-Factory writes it,
-                                          beside it in value_head.safetensors
+    score.weight                              TRL's RewardTrainer, OpenRLHF, open-instruct, anything made for sequence classification
+    score.weight, score.bias                  TRL's PRMTrainer: a token classifier, whose head has a bias (two outputs)
+    value_head.weight                         OpenRLHF, before its head was called `score`
+    score.0.*, score.2.*                      Qwen2.5-Math-PRM (two outputs) and Qwen2.5-Math-RM (one): two layers
+    v_head.summary.*                          TRL's value head on a language model
+    v_head.summary.* beside the weights       LLaMA-Factory: the same in a file value_head.safetensors
 
 Hugging Face's class would leave all but the first in the file and give a fresh head instead. A head comes into the class under the
 class's own name for it, and is saved under that name. A score is what the head says: the mean and deviation that OpenRLHF writes into
@@ -85,16 +86,16 @@ def layout_of(names: Collection[str]) -> tuple[str, int] | None:
     return None
 
 
-def stored_head(path: str) -> StoredHead | None:
+def stored_head(path: str, may_be_fresh: bool = False) -> StoredHead | None:
     """The head that a folder, or a model on the hub, has; None where it has none, or one that only its own class knows.
 
     Raises:
-        ModelError: if it has one that cannot be loaded (REFUSED).
+        ModelError: if it has one that cannot be loaded (REFUSED), and none may take its place; or if it is no whole model.
     """
     where = _weights(path)
     found = layout_of(where)
     if not found:
-        _refuse(path, bool(where))
+        _refuse(path, {"value_head.bin": not may_be_fresh, "adapter_config.json": not where})
         return None
     prefix, layers = found
     files = {name.removeprefix(prefix): file for name, file in where.items() if name.startswith(prefix)}
@@ -135,9 +136,9 @@ def _file(path: str, name: str) -> str | None:
     return cached_file(path, name, _raise_exceptions_for_connection_errors=False, **quiet)
 
 
-def _refuse(path: str, weights: bool) -> None:
+def _refuse(path: str, matters: Mapping[str, bool]) -> None:
     for name, (why, way_out) in REFUSED.items():
-        if (name != "adapter_config.json" or not weights) and _file(path, name):
+        if matters[name] and _file(path, name):
             raise ModelError(f"--model {path} cannot be loaded: {why}", way_out)
 
 

@@ -11,6 +11,8 @@
 
 A head is linear, or has a hidden layer (`layers=2`). It can start from rows of a language model's output layer (`token_rows`): with two
 classes, tokens "+ -" and the loss on these two logits alone it is the process reward model of Math-Shepherd (arXiv 2312.08935, eq. 2).
+With `scalar` and one token the score starts as that token's logit, as in the verifier of Cobbe et al. (2021, arXiv 2110.14168, appendix E):
+their gain is the length of the row, and their bias is the same for every answer.
 
 >>> import torch
 >>> Reading("two_class", ("wrong", "right"))(torch.tensor([[[0.0, 2.0]]]))
@@ -82,7 +84,7 @@ class Kind:
 
     names: tuple[str, ...]  # (): the attributes of the examples
     read: Callable[[Tensor, Reading], Tensor]
-    tokens: int = 0  # how many tokens of a language model it can start from, in the order right, (neutral,) wrong; 0: none
+    tokens: tuple[int, ...] = ()  # how many tokens of a language model it can start from, in the order right, (neutral,) wrong
 
 
 def _three_class(output_GKC: Tensor, reading: Reading) -> Tensor:
@@ -96,9 +98,9 @@ def _weighted_mean(output_GKC: Tensor, reading: Reading) -> Tensor:
 
 
 KINDS: dict[str, Kind] = {
-    "scalar": Kind(("score",), lambda output_GKC, reading: output_GKC[..., 0], tokens=2),
-    "two_class": Kind(("wrong", "right"), lambda output_GKC, reading: output_GKC[..., 1] - output_GKC[..., 0], tokens=2),
-    "three_class": Kind(("wrong", "neutral", "right"), _three_class, tokens=3),
+    "scalar": Kind(("score",), lambda output_GKC, reading: output_GKC[..., 0], tokens=(1, 2)),
+    "two_class": Kind(("wrong", "right"), lambda output_GKC, reading: output_GKC[..., 1] - output_GKC[..., 0], tokens=(2,)),
+    "three_class": Kind(("wrong", "neutral", "right"), _three_class, tokens=(3,)),
     "attributes": Kind((), _weighted_mean),
     "debiased": Kind(("quality", "length"), lambda output_GKC, reading: output_GKC[..., 0]),
 }
@@ -154,8 +156,9 @@ def token_ids(tokenizer: Any, tokens: str, reading: Reading) -> list[int]:
         ModelError: if there are not as many as the head has classes, or one is not a single token.
     """
     wanted, words = KINDS[reading.kind].tokens, tokens.split()
-    if len(words) != wanted or reading.layers != 1:
-        said = f"takes {wanted} tokens, right first" if wanted and reading.layers == 1 else "starts from no tokens"
+    if len(words) not in wanted or reading.layers != 1:
+        many = " or ".join(map(str, wanted))
+        said = f"takes {many} tokens, right first" if wanted and reading.layers == 1 else "starts from no tokens"
         raise ModelError(f"head_tokens={tokens!r}: head={reading.kind} with layers={reading.layers} {said}", 'e.g. "+ -" for two_class')
     ids = []
     for word in words:
@@ -174,6 +177,6 @@ def start_from_rows(head: nn.Module, row_ND: Tensor, reading: Reading) -> None:
     """Give a linear head the language model's rows of some tokens, in the order right, (neutral,) wrong: it then says what they say."""
     assert isinstance(head, nn.Linear), f"a head of {reading.layers} layers cannot start from rows"
     rows = row_ND.to(head.weight)
-    head.weight.copy_(rows[:1] - rows[1:] if reading.kind == "scalar" else rows.flip(0))
+    head.weight.copy_((rows[0] - rows[1:].sum(0)).unsqueeze(0) if reading.kind == "scalar" else rows.flip(0))
     if head.bias is not None:
         nn.init.zeros_(head.bias)

@@ -230,6 +230,32 @@ def kendall_tau(examples: Sequence[Example], scores: Scores) -> float:
     return float(np.mean(taus)) if taus else math.nan
 
 
+def rating_agreement(score: Array, target: Array) -> dict[str, float]:
+    """How scores follow ratings: Pearson's and Spearman's correlation, and the root of the mean squared error. NaN where one does not vary.
+
+    >>> rating_agreement(np.array([1.0, 2.0, 4.0]), np.array([1.0, 2.0, 3.0]))["spearman"]
+    1.0
+    """
+    return {
+        "ratings": len(score),
+        "pearson": _correlation(score, target),
+        "spearman": _correlation(_mid_ranks(score), _mid_ranks(target)),
+        "rmse": float(np.sqrt(np.mean((score - target) ** 2))) if len(score) else math.nan,
+    }
+
+
+def _mid_ranks(values: Array) -> Array:
+    """Ranks from low to high; equal values share the mean of theirs."""
+    _, where, count = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(count) - (count - 1) / 2)[where]
+
+
+def _correlation(a: Array, b: Array) -> float:
+    if len(a) < 2 or not np.ptp(a) or not np.ptp(b):
+        return math.nan
+    return float(np.round(np.corrcoef(a, b)[0, 1], 12))
+
+
 def first_below(values: Sequence[float], threshold: float = 0.5) -> int:
     """Index of the first value below the threshold, -1 if there is none.
 

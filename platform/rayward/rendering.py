@@ -326,12 +326,19 @@ class Groups:
 
     def has_order(self) -> bool:
         """Whether some example has two different targets, which is what comparing objectives learn from."""
-        return any(np.ptp(self[n].target_K) > 0 for n in range(len(self)))
+        return any(_differs(self[n]) for n in range(len(self)))
 
     def target_range(self) -> tuple[float, float]:
         """The least and the largest target."""
         every = [batch.values["target_K"] for batch in self._batches]
         return float(min(v.min() for v in every)), float(max(v.max() for v in every))
+
+
+def _differs(group: Group) -> bool:
+    """Whether two targets about one thing differ."""
+    if group.column_K is None:
+        return bool(np.ptp(group.target_K) > 0)
+    return any(np.ptp(group.target_K[group.column_K == column]) > 0 for column in np.unique(group.column_K))
 
 
 class _Columns:

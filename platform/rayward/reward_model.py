@@ -322,10 +322,10 @@ def load_model(
     _quiet()
     options = {"trust_remote_code": settings.trust_remote_code}
     try:
+        stored = foreign.stored_head(path, settings.new_head)
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
         config = AutoConfig.from_pretrained(path, **options)
         notes = dict(getattr(config, "rayward", None) or {})
-        stored = foreign.stored_head(path)
         reading = _reading_of(path, settings, notes, attributes, stored)
         pooling = settings.pooling if settings.pooling != "auto" else notes.get("pooling") or "auto"
         _check_class(path, config)
@@ -346,7 +346,7 @@ def load_model(
             f"--model {path} cannot be loaded: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
             "give a folder with config.json, model.safetensors and a tokenizer, a name on the hub, models:/NAME@ALIAS, or tiny",
         ) from None
-    kept = bool(notes) and reading.fits(Reading.of_notes(notes.get("head")))
+    kept = bool(notes) and reading.fits(Reading.of_notes(notes.get("head"))) and _same_width(path, settings, notes, pooling)
     adopted = stored is not None and (kept or not notes) and _adopt(path, classifier, stored, reading, pooling)
     if kept and reading.layers > 1 and not adopted:
         raise ModelError(f"--model {path} lacks weights of its head of {reading.layers} layers", "save it again")
@@ -355,16 +355,11 @@ def load_model(
     if head or (notes and not kept) or narrow:
         _fresh_head(classifier, reading, pooling)
         if settings.head_tokens:
-            if width_of(pooling) > 1:
-                raise ModelError(f"head_tokens starts a head that reads a token, and pooling={pooling} reads more", "leave one of them out")
             rows = _token_rows(path, heads.token_ids(tokenizer, settings.head_tokens, reading), options)
             heads.start_from_rows(getattr(classifier, _head_name(classifier)), rows, reading)
     elif settings.new_head and settings.head_tokens:
         raise ModelError(f"--model {path} has a head, and head_tokens starts a new one", "leave head_tokens out, or name a language model")
-    classifier.config.id2label = dict(enumerate(reading.names))
-    classifier.config.label2id = {name: n for n, name in enumerate(reading.names)}
-    foreign.drop_normaliser(classifier.config)
-    _with_padding(classifier, tokenizer)
+    _settle(classifier.config, tokenizer, reading)
     if not settings.dropout:
         _without_dropout(classifier)
     max_length = max_length or (notes.get("render") or {}).get("max_length") or 0
@@ -427,6 +422,18 @@ def _reading_of(
     return reading
 
 
+def _same_width(path: str, settings: ModelSettings, notes: dict[str, Any], pooling: str) -> bool:
+    """Whether the head of a model that was made here reads as much as the pooling gives; an error where no other may take its place."""
+    own = notes.get("pooling") or "auto"
+    same = width_of(own) == width_of(pooling)
+    if not same and not settings.new_head:
+        raise ModelError(
+            f"--model {path} has a head for pooling={own}, which is not as wide as one for pooling={pooling}",
+            "leave net.pooling out to go on with it, or put a fresh one in its place: --set net.new_head=true",
+        )
+    return same
+
+
 def _adopt(path: str, classifier: Any, stored: foreign.StoredHead, reading: Reading, pooling: str) -> bool:
     """Whether the class's head was replaced by one that lies in the checkpoint in a way that the class does not know."""
     name = _head_name(classifier)
@@ -447,6 +454,8 @@ def _reading(path: str, settings: ModelSettings, notes: dict[str, Any], attribut
         raise ModelError("head_layers and head_tokens are about a new head", "say --set net.new_head=true, or leave them out")
     if path == "tiny" and settings.head_tokens:
         raise ModelError("head_tokens: a model from scratch has no language model to take rows from", "leave head_tokens out")
+    if settings.head_tokens and width_of(settings.pooling) > 1:
+        raise ModelError(f"head_tokens starts a head that reads one token, and not pooling={settings.pooling}", "leave one of them out")
     kind = settings.head
     if kind == "auto":
         kind = "attributes" if len(attributes) > 1 and settings.new_head and not notes else own.kind
@@ -547,14 +556,17 @@ def _fresh_head(classifier: Any, reading: Reading, pooling: str = "auto") -> Non
         )
 
 
-def _with_padding(classifier: Any, tokenizer: Any) -> None:
-    """Tell the plain Hugging Face class what padding is; our own scores never depend on it.
+def _settle(config: Any, tokenizer: Any, reading: Reading) -> None:
+    """Tell the plain Hugging Face class what its outputs are called and what padding is; our own scores never depend on it.
 
     Where padding and end of text are one token it is told of none: it would skip the end of every text. It then takes one text at a
     time, and reads the token that we read.
     """
-    pad = classifier.config.pad_token_id if classifier.config.pad_token_id is not None else tokenizer.pad_token_id
-    classifier.config.pad_token_id = None if pad == tokenizer.eos_token_id else pad
+    config.id2label = dict(enumerate(reading.names))
+    config.label2id = {name: n for n, name in enumerate(reading.names)}
+    foreign.drop_normaliser(config)
+    pad = config.pad_token_id if config.pad_token_id is not None else tokenizer.pad_token_id
+    config.pad_token_id = None if pad == tokenizer.eos_token_id else pad
 
 
 def _without_dropout(classifier: nn.Module) -> None:

@@ -147,14 +147,14 @@ Report = Callable[[dict[str, float]], None]  # a line of metrics, `step` among t
 class _Tally:
     """What steps did, kept on the device until a line is due, so that no step waits for the device."""
 
-    scores: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+    scores: list[tuple[Tensor, Tensor, Tensor, Tensor]] = field(default_factory=list)  # score, target, mask, column
     losses: list[tuple[Tensor, float]] = field(default_factory=list)
     tokens: int = 0
     since: float = field(default_factory=time.monotonic)
 
     def drain(self, objective: Objective, team: Team) -> dict[str, Mean]:
         """The means since the last time; workers' speeds add up."""
-        right = sum((objective.accuracy(*(t.cpu().numpy() for t in triple)) for triple in self.scores), Mean())
+        right = sum((objective.right(*(t.cpu().numpy() for t in said)) for said in self.scores), Mean())
         loss = sum((Mean(float(total), weight) for total, weight in self.losses), Mean())
         speed = Mean(self.tokens, (time.monotonic() - self.since) / team.size)
         self.scores, self.losses, self.tokens, self.since = [], [], 0, time.monotonic()
@@ -262,7 +262,7 @@ def _validated(
 def make_optimizer(model: RewardModel, settings: TrainSettings) -> torch.optim.Optimizer:
     """AdamW over what is trained; a group's learning rate is `scale` times that of the step."""
     groups = parameter_groups(model.classifier, model.head_name, settings.weight_decay, settings.layer_decay)
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, settings.beta2))
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, settings.beta2), fused=True)  # several times faster, on CPU too
 
 
 def freeze(model: RewardModel, lowest: int) -> None:
@@ -298,7 +298,7 @@ def _step(run: Run, optimizer: torch.optim.Optimizer, parameters: list[torch.nn.
             continue
         tally.tokens += tokens
         tally.losses.append((total.detach(), micro_weight))
-        tally.scores.append((score_GK.detach(), batch.target_GK, batch.mask_GK))
+        tally.scores.append((score_GK.detach(), batch.target_GK, batch.mask_GK, batch.column_GK))
     team.sum_gradients(parameters)
     clip(parameters, settings.clip)
     optimizer.step()
@@ -322,7 +322,8 @@ def validate(run: Run) -> dict[str, float]:
                 score_GK = model.reading.pick(output_GKC, batch.column_GK)
                 loss_G = run.objective.of(batch, score_GK, output_GKC)
                 loss += Mean(float((loss_G * batch.weight_G).sum()), float(batch.weight_G.sum()))
-                right += run.objective.accuracy(*(t.cpu().numpy() for t in (score_GK, batch.target_GK, batch.mask_GK)))
+                said = (score_GK, batch.target_GK, batch.mask_GK, batch.column_GK)
+                right += run.objective.right(*(t.cpu().numpy() for t in said))
     return _values(run.team.sum({"loss": loss, "accuracy": right}, model.device))
 
 

@@ -7,7 +7,7 @@
 
 Masked places change nothing and get no gradient, whatever stands in them. A loss that needs more names it as an argument: `count_GK`
 (verdicts behind a target), `length_GK` (tokens of the answer), `column_GK` (which output a target is about), `answer_GK` (which answer a
-place is in), `output_GKC` (all outputs of the head). Its other arguments are settings: --objective-settings '{"by_count": true}'.
+place is in), `output_GKC` (all outputs of the head). Its other arguments are settings: --objective-settings '{"by_count": 8}'.
 Where targets are about attributes, comparisons are made inside an attribute only.
 
     comparisons.py   over pairs of places        pointwise.py      every place by itself
@@ -132,7 +132,7 @@ def make_objective(name: str, settings: str = "{}", regularise: str = "{}") -> O
 
     `settings` is JSON of the loss's own arguments, `regularise` JSON of regularisers and their weights.
 
-    >>> make_objective("binary_cross_entropy", '{"by_counts": true}')
+    >>> make_objective("binary_cross_entropy", '{"by_counts": 8}')
     Traceback (most recent call last):
     rayward.errors.SettingsError: objective=binary_cross_entropy has no setting by_counts
       -> it has: by_count
@@ -164,7 +164,7 @@ def settings_of(loss: Loss) -> dict[str, Any]:
     """The settings of a loss and their defaults: its arguments behind score, target and mask that it is not given by the loop.
 
     >>> settings_of(binary_cross_entropy)
-    {'by_count': False}
+    {'by_count': 0.0}
     """
     arguments = list(inspect.signature(loss).parameters.values())[3:]
     return {a.name: a.default for a in arguments if a.name not in GIVEN}

@@ -30,7 +30,7 @@ ALSO: dict[str, tuple[str, str, str]] = {
         "{}",
         "with `head=two_class`: the score is the difference of the logits",
     ),
-    "Monte-Carlo shares weighted by their counts": ("binary_cross_entropy", '{"by_count": true}', ""),
+    "Monte-Carlo shares weighted by their counts": ("binary_cross_entropy", '{"by_count": 8}', ""),
     "steps of an answer against each other": ("bradley_terry", "{}", "on steps: pairs are made of steps with different targets"),
     "PQM, Q-value ranking": ("q_ranking", '{"margin": 4.0}', "on steps; the paper's margins are 2 and 4"),
     "multi-attribute regression": ("squared_error", "{}", "with `head=attributes`; ratings that nobody gave are masked"),

@@ -48,12 +48,10 @@ def pair_mean(loss_GKK: Tensor, pair_GKK: Tensor) -> Tensor:
 
 
 def place_mean(loss_GK: Tensor, mask_GK: Tensor, weight_GK: Tensor | None = None) -> Tensor:
-    """loss_G: the mean over the places that are there, or the mean weighted by `weight_GK`; 0 where nothing weighs."""
-    loss_GK = loss_GK.where(mask_GK, loss_GK.new_zeros(()))
-    if weight_GK is None:
-        return loss_GK.sum(-1) / mask_GK.sum(-1).clamp(min=1)
-    weight_GK = weight_GK.to(loss_GK.dtype).where(mask_GK, loss_GK.new_zeros(()))
-    return (loss_GK * weight_GK).sum(-1) / weight_GK.sum(-1).clamp(min=1e-30)
+    """loss_G: the mean over the places that are there, each times its weight where there are weights; 0 where there is no place."""
+    if weight_GK is not None:
+        loss_GK = loss_GK * weight_GK.to(loss_GK.dtype)
+    return loss_GK.where(mask_GK, loss_GK.new_zeros(())).sum(-1) / mask_GK.sum(-1).clamp(min=1)
 
 
 def correlation(value_GK: Tensor, other_GK: Tensor, mask_GK: Tensor) -> Tensor:

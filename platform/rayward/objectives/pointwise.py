@@ -15,22 +15,27 @@ def squared_error(score_GK: Tensor, target_GK: Tensor, mask_GK: Tensor) -> Tenso
     return place_mean(error_GK * error_GK, mask_GK)
 
 
+def _by_count(count_GK: Tensor | None, by_count: float) -> Tensor | None:
+    return count_GK / by_count if by_count and count_GK is not None else None
+
+
 def binary_cross_entropy(
-    score_GK: Tensor, target_GK: Tensor, mask_GK: Tensor, count_GK: Tensor | None = None, by_count: bool = False
+    score_GK: Tensor, target_GK: Tensor, mask_GK: Tensor, count_GK: Tensor | None = None, by_count: float = 0.0
 ) -> Tensor:
     """Cross-entropy of sigma(score) against a probability, averaged over places; soft targets stay soft (arXiv 2312.08935, eq. 2).
 
     Its minimum is the entropy of the targets, reached at sigma(score) = target. Targets lie in [0, 1]. With two classes it is their
-    cross-entropy, since the score is the difference of their logits. With `by_count` a place weighs as many verdicts as stand behind
-    its target, `count_GK`: the likelihood of the verdicts themselves, so eight of sixteen tell more than one of two.
+    cross-entropy, since the score is the difference of their logits. With `by_count` c above 0 a place weighs
+    n / c, n the verdicts behind its target (`count_GK`): up to the factor c it is the likelihood of the verdicts themselves, so eight of
+    sixteen tell more than one of two. With c about the usual n the loss keeps its size.
     """
     score_GK, target_GK = torch.where(mask_GK, score_GK, 0.0), torch.where(mask_GK, target_GK, 0.0)
     loss_GK = F.binary_cross_entropy_with_logits(score_GK, target_GK.to(score_GK.dtype), reduction="none")
-    return place_mean(loss_GK, mask_GK, count_GK if by_count else None)
+    return place_mean(loss_GK, mask_GK, _by_count(count_GK, by_count))
 
 
 def three_class(
-    score_GK: Tensor, target_GK: Tensor, mask_GK: Tensor, output_GKC: Tensor, count_GK: Tensor | None = None, by_count: bool = False
+    score_GK: Tensor, target_GK: Tensor, mask_GK: Tensor, output_GKC: Tensor, count_GK: Tensor | None = None, by_count: float = 0.0
 ) -> Tensor:
     """Cross-entropy of wrong, neutral, right (PRM800K's -1, 0, 1; Lightman et al. 2023, arXiv 2305.20050), averaged over places.
 
@@ -41,4 +46,4 @@ def three_class(
     right_GK, wrong_GK = (2 * target_GK - 1).clamp(min=0), (1 - 2 * target_GK).clamp(min=0)
     share_GKC = torch.stack([wrong_GK, 1 - wrong_GK - right_GK, right_GK], -1)
     output_GKC = torch.where(mask_GK.unsqueeze(-1), output_GKC, 0.0)
-    return place_mean(-(share_GKC * output_GKC.log_softmax(-1)).sum(-1), mask_GK, count_GK if by_count else None)
+    return place_mean(-(share_GKC * output_GKC.log_softmax(-1)).sum(-1), mask_GK, _by_count(count_GK, by_count))

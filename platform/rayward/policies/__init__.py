@@ -12,7 +12,8 @@
     vllm            vLLM inside Ray Data, on the GPUs at hand (extra `vllm`)                    engine.py
 
 A policy is a callable, so that a language model behind a server and the toy solver are the same to whoever samples. To add one, add a
-maker to POLICIES, or name your own as module:maker. One that has a method `stream` hands completions over as they are finished; `capacity` says how many it works on at once.
+maker to POLICIES, or name your own as module:maker. One that has a method `stream` hands completions over as they are finished;
+`capacity` says how many it works on at once.
 
 A draw depends on its request and its seed alone, never on what is asked beside it. Requests that share a prompt should stand side by
 side: then an engine's prefix cache has it once.

@@ -1,0 +1,115 @@
+"""docs/models.md, made from the code: `python -m rayward.models_docs` writes it again.
+
+What heads, poolings and the layouts of other projects are is drawn in the stories of their modules; the tables here are those.
+
+>>> drawn(pooling)[0]
+['last', 'D', 'the token at the place: one score per step or answer; for bodies whose tokens see nothing that comes after them']
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import ModuleType
+
+from rayward import foreign, heads, pooling
+
+# Bodies that tests try at a few thousand random weights: AutoConfig's name -> what becomes of a prompt with several answers
+BODIES: dict[str, str] = {
+    "qwen3": "shared",
+    "qwen2": "shared",
+    "llama": "shared",
+    "mistral": "shared",
+    "gemma2": "shared",
+    "gemma3_text": "shared",
+    "phi3": "shared",
+    "gpt_neox": "shared",
+    "gpt2": "shared",
+    "opt": "shared",
+    "mixtral": "shared",
+    "qwen3_moe": "shared",
+    "gpt_oss": "shared",
+    "bloom": "separate",
+    "jamba": "separate",
+    "qwen3_next": "separate",
+    "bert": "looks ahead",
+    "roberta": "looks ahead",
+    "deberta-v2": "looks ahead",
+    "modernbert": "looks ahead",
+}
+
+_SAYS = {
+    "shared": "causal; the prompt is encoded once for all of its answers",
+    "separate": "causal; every answer is a sequence of its own with the prompt in front (recurrent mixers, distances counted in the row)",
+    "looks ahead": "an encoder; every answer is a sequence of its own, and has one score",
+}
+
+_HEAD = """# Models
+
+Made from the code by `python -m rayward.models_docs`; do not edit.
+
+A reward model is a body, a pooling that says which of its hidden states are read, and a head that turns them into a score. Any class
+that transformers' `AutoModelForSequenceClassification` knows is a body; settings are those of `--set net.NAME=VALUE`. What is saved is a
+plain Hugging Face folder; where the head has one layer and the pooling is the class's own, plain transformers gives the same scores.
+"""
+
+_BODIES = """## Bodies
+
+What a body can do is found out by asking it: a prompt with two answers, in one row and in two. It shares prompts if
+
+* a token does not change with what comes after it,
+* it takes a mask of four dimensions and positions, and then says in one row what it says in two,
+* no text can outgrow its attention window, if it has one (`render.max_length` at most the window),
+* the pooling is `last`.
+
+Otherwise the fit says so in one line, and every answer is a sequence of its own. The scores are the same; only the time is not. Attention
+over segments, without masks, is used on a CPU where a body with it says what it says with a mask; soft caps, sinks and bodies with an
+attention of their own keep masks. Experts are chosen token by token, so that rows change nothing for them; the losses that balance
+experts are not part of training.
+
+A body without a sequence classifier in transformers (Mamba) is refused with a word.
+"""
+
+_FOREIGN = """## Checkpoints of other projects
+
+`--model FOLDER` or a name on the hub. The head is found by the names of its weights and comes as it is; where it has two outputs, say
+`--set net.head=two_class`. It is saved under the name that its class has for it, so that it is found again here; a bias or a second layer
+is still nothing that plain transformers would read.
+
+The mean and deviation that OpenRLHF writes into a config are not applied: they would divide the log-odds that a difference of scores was
+trained to be. What is saved again does not have them, as they would be those of an earlier head.
+"""
+
+
+def page() -> str:
+    """The whole document."""
+    lines = [_HEAD, "## Heads", "", "`--set net.head=KIND`. A new head starts at Normal(0, 1/sqrt(d+1)) and works in float32.", ""]
+    lines += ["| `net.head` | outputs | names | score | tokens to start from |", "|---|---|---|---|---|"]
+    for name, outputs, *said in drawn(heads)[2:]:
+        starts = " or ".join(map(str, heads.KINDS[name].tokens))
+        lines.append(f"| `{name}` | {outputs} | {' | '.join(said)} | {starts} |")
+    lines += ["", '`net.head_layers=2` puts a hidden layer with a ReLU before the outputs. `net.head_tokens="+ -"` starts a new head from']
+    lines += [
+        "the language model's rows of these tokens, right first; a scalar head of one token starts as that token's logit (Cobbe et al.,"
+    ]
+    lines += ["arXiv 2110.14168: their gain is the length of the row, and their bias is the same for every answer).", "", "## Poolings", ""]
+    lines += ["| `net.pooling` | numbers | reads |", "|---|---|---|", *(f"| `{n}` | {d} | {said} |" for n, d, said in drawn(pooling)), ""]
+    lines += ["D is the hidden size. `auto` is `last` for a causal body and `own` for an encoder. All but `last` read the whole sequence,"]
+    lines += ["prompt and answer, give one score per answer, and share no prompts; `mean_max` needs a head of twice the width:"]
+    lines += ["`net.new_head=true`.", "", _BODIES, "| body | |", "|---|---|"]
+    lines += [f"| {', '.join(f'`{b}`' for b, does in BODIES.items() if does == kind)} | {said} |" for kind, said in _SAYS.items()]
+    lines += ["", _FOREIGN, "| weights of the head | written by |", "|---|---|"]
+    lines += [f"| {', '.join(f'`{w}`' for w in names.split(', '))} | {by} |" for names, by in drawn(foreign)]
+    lines += ["", "| refused | because | way out |", "|---|---|---|"]
+    lines += [f"| `{file}` | {why} | {way_out} |" for file, (why, way_out) in foreign.REFUSED.items()]
+    return "\n".join(lines) + "\n"
+
+
+def drawn(module: ModuleType) -> list[list[str]]:
+    """The cells of the table that is drawn in a module's story: indented lines, cells two spaces apart."""
+    rows = [line for line in (module.__doc__ or "").splitlines() if re.match(r"    \S", line)]
+    return [re.split(r"\s{2,}", row.strip()) for row in rows]
+
+
+if __name__ == "__main__":
+    (Path(__file__).parents[2] / "docs" / "models.md").write_text(page(), encoding="utf-8")
