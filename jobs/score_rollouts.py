@@ -23,6 +23,7 @@ class Settings:
     output: str  # folder for the scored rollouts
     aggregate: metrics.Aggregation = "last"  # how the scores of steps become the answer's, where the model reads steps
     actors: int = 1  # most actors at a time, each with a copy of the model
+    gpus: float = -1.0  # GPUs of an actor on engine ray, e.g. 0.25 for four on one; -1: one where the cluster has any
     engine: Engine = "auto"  # where the work runs
     overwrite: bool = False  # replace what OUTPUT holds
 
@@ -36,7 +37,7 @@ def main(settings: Settings) -> Dataset:
     rollouts = open_dataset(settings.source, "rollouts")
     folder = registry.model_folder(settings.model).absolute()
     recipe = Recipe.of("score_rollouts", settings, rollouts.lineage(), registry.identity(settings.model))
-    return scoring.score_dataset(recipe, rollouts, str(folder), settings.actors, settings.aggregate)
+    return scoring.score_dataset(recipe, rollouts, str(folder), settings.actors, settings.aggregate, settings.gpus)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ class Settings:
     objective_settings: str = "{}"  # JSON of the loss's own settings, e.g. '{"by_count": 8}' for binary_cross_entropy
     regularise: str = "{}"  # JSON of terms that add to the loss and their weights, e.g. '{"centre": 0.01}'
     workers: int = 1  # 1 trains in this process, more on a group of Ray Train workers
+    min_workers: int = 0  # fewest workers to go on with while nodes come and go, up to `workers` (0: always that many)
     register: str = ""  # name to register the model under
     validation_share: float = 0.05  # share of prompts held out for validation where the examples have no validation side
     net: ModelSettings = ModelSettings()
@@ -56,7 +57,7 @@ def main(settings: Settings) -> Fitted:
         validation_share=settings.validation_share,
     )
     registry.check_name(settings.register)
-    prepared = fitting.prepare(fit, settings.output, settings.workers)
+    prepared = fitting.prepare(fit, settings.output, settings.workers, settings.min_workers)
     with registry.run("train_reward_model", as_dict(settings), keep=Path(settings.output) / fitting.TRACKING) as run:
         run.dataset(prepared.sides.dataset, "training")
         fitted = prepared.train(run.metrics)

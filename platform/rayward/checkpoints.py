@@ -5,7 +5,8 @@
       best/           model.safetensors  state.json                                                 the best on validation
 
 Only weights that are trained are written: the frozen ones of a body under LoRA lie where the run started from. They are copied, and
-written by a thread while training goes on, one write at a time; a run ends with all of them on disk.
+written by a thread while training goes on, one write at a time; a run ends with all of them on disk, also one that an error ends. More
+than COPIED bytes are not copied: training waits while they are written. What has its name is on the disk for good (fsync).
 
 The learning rate, the order of the examples and every random number are functions of the step, so they need no state.
 """
@@ -13,10 +14,12 @@ The learning rate, the order of the examples and every random number are functio
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
 from collections.abc import Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -24,23 +27,37 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from rayward import sharding
-from rayward.errors import DataError
+from rayward.errors import DataError, RaywardError
 from rayward.storage import publish, sibling
 
 KEEP = 2  # checkpoints to go on from: the last, and the one before should the last be damaged
+COPIED = 4 * 2**30  # bytes of a checkpoint that are copied at most, so that training need not wait for the disk
 
 
 class Writer:
     """Writes checkpoints into FOLDER, one at a time, while training goes on. Every worker calls it; the first one writes.
 
-    Where a model is spread over workers (`sharded`), they put the weights together for a checkpoint of weights alone, and write one to go
-    on from together, each its share.
+    `with Writer(...)` ends with nothing left to write, whatever ended it. Where a model is spread over workers (`sharded`), they put
+    the weights together for a checkpoint of weights alone, and write one to go on from together, each its share.
     """
 
     def __init__(self, folder: Path, rank: int = 0, sharded: bool = False):
         self.folder, self.rank, self.sharded = folder, rank, sharded
         self._thread: threading.Thread | None = None
-        self._failed: list[BaseException] = []
+        self._failed: list[Exception] = []
+        if rank == 0:
+            _tidy(folder)
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            self.wait()
+        except RaywardError as unwritten:
+            if error is None:
+                raise
+            error.add_note(str(unwritten))
 
     def save(
         self,
@@ -64,8 +81,11 @@ class Writer:
             state = {**state, "optimizer": plain}
         if average is not None:
             files["average.safetensors"] = dict(average)
-        copies = {file: {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()} for file, tensors in files.items()}
         self.wait()
+        if sum(t.nbytes for tensors in files.values() for t in tensors.values()) > COPIED:
+            self._write(self.folder / name, files, _said(state))
+            return self.wait()
+        copies = {file: {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()} for file, tensors in files.items()}
         self._thread = threading.Thread(target=self._write, args=(self.folder / name, copies, _said(state)))
         self._thread.start()
         return None
@@ -79,10 +99,15 @@ class Writer:
         if self.rank == 0:
             shutil.rmtree(stage, ignore_errors=True)
             stage.mkdir(parents=True)
-        sharding.save(stage, _all_tensors(model, optimizer, average))  # begins and ends with all workers together
-        if self.rank == 0:
-            (stage / "state.json").write_text(_said(state), encoding="utf-8")
-            self._finish(stage, target)
+        try:
+            sharding.save(stage, _all_tensors(model, optimizer, average))  # begins and ends with all workers together
+            if self.rank == 0:
+                (stage / "state.json").write_text(_said(state), encoding="utf-8")
+                self._finish(stage, target)
+        except Exception as error:  # torch's own kind holds the error of every worker
+            if self.rank == 0:
+                shutil.rmtree(stage, ignore_errors=True)
+            raise _unwritten(target, error) from error
 
     def wait(self) -> None:
         """Until what was begun is on disk; an error of the writing is raised here."""
@@ -93,21 +118,53 @@ class Writer:
             raise self._failed.pop()
 
     def _write(self, target: Path, files: Mapping[str, Mapping[str, torch.Tensor]], state: str) -> None:
+        stage = sibling(target, "partial")
         try:
-            stage = sibling(target, "partial")
             shutil.rmtree(stage, ignore_errors=True)
             stage.mkdir(parents=True)
             for file, tensors in files.items():
-                save_file(dict(tensors), stage / file)
+                save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, stage / file)
             (stage / "state.json").write_text(state, encoding="utf-8")
             self._finish(stage, target)
-        except BaseException as error:  # raised by the next wait, in the thread of the training
-            self._failed.append(error)
+        except Exception as error:  # raised by the next wait, in the thread of the training; safetensors has its own kind
+            shutil.rmtree(stage, ignore_errors=True)
+            self._failed.append(_unwritten(target, error))
 
     def _finish(self, stage: Path, target: Path) -> None:
+        for path in (*(p for p in stage.rglob("*") if p.is_file()), stage):
+            _to_disk(path)
         publish(stage, target)
+        _to_disk(target.parent)
         for old in steps(self.folder)[:-KEEP]:
             shutil.rmtree(old, ignore_errors=True)
+
+
+def _to_disk(path: Path) -> None:
+    """Have a file or a folder outlive a loss of power, where its disk can."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    except OSError:  # not every shared disk knows folders
+        if path.is_file():
+            raise
+    finally:
+        os.close(number)
+
+
+def _tidy(folder: Path) -> None:
+    """Take away what a killed run left half done; of what it was about to replace, the former comes back."""
+    for old in folder.glob(".*.old"):
+        name = folder / old.name.removeprefix(".").removesuffix(".old")
+        if not name.exists():
+            old.rename(name)
+    for left in (*folder.glob(".*.partial"), *folder.glob(".*.old")):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _unwritten(target: Path, error: Exception) -> RaywardError:
+    kept = steps(target.parent)
+    start = f"goes on from {kept[-1].name}" if kept else "begins anew"
+    return RaywardError(f"checkpoint {target} cannot be written: {error}\n  -> make room on that disk; the same command {start}")
 
 
 def _said(state: Mapping[str, Any]) -> str:

@@ -28,6 +28,22 @@ def on_cluster() -> bool:
     return bool(os.environ.get("RAY_ADDRESS"))
 
 
+def gpus_each(asked: float) -> float:
+    """The GPUs that a worker holds: as many as asked for, or, for -1, one where the cluster has any.
+
+    Raises:
+        SettingsError: if no machine of the cluster has as many; Ray would wait for one for ever.
+    """
+    import ray
+
+    most = max((node["Resources"].get("GPU") or 0.0 for node in ray.nodes() if node["Alive"]), default=0.0)
+    if asked < 0:
+        return min(1.0, most)
+    if asked > most:
+        raise SettingsError(f"gpus={asked:g}: no machine of this cluster has more than {most:g}", "ask for fewer, or 0 to work on CPUs")
+    return asked
+
+
 def quiet(*loggers: str) -> None:
     """Our own bar speaks; Ray's lines about plans and hints do not. RAYWARD_RAY_LOGS=1 lets them, and what workers print."""
     if not os.environ.get("RAYWARD_RAY_LOGS"):

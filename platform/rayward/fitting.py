@@ -21,7 +21,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -46,11 +46,13 @@ from rayward.reward_model import Loaded, ModelSettings, is_bf16, load_model, rea
 from rayward.sharding import shard
 from rayward.splits import Shares, side
 from rayward.storage import Dataset, open_dataset
-from rayward.training import Report, Run, Team, TrainSettings, freeze, over, train
+from rayward.training import Report, Run, Team, TrainSettings, freeze, over, stop_on_signal, stopped, train
 
 TRACKING = "tracking.json"  # in OUTPUT: which tracked run it belongs to
 
 
+STOP = "stop"  # in OUTPUT/run: workers that see it keep a checkpoint and end
+RETRIES = 3  # times a group of workers may fail without a new checkpoint in between
 SMALL = 2_000_000  # parameters below which one thread is the safer choice (docs/log.md)
 
 
@@ -150,19 +152,22 @@ class Prepared:
     sides: Sides
     loaded: Loaded
     workers: int
+    least: int  # workers that are enough to go on with; less than `workers`: the group is elastic
 
     def train(self, report: Report = lambda line: None) -> Fitted:
         """Train, or go on training, and leave the model in OUTPUT/model."""
         folder, settings, loaded = self.folder, self.settings, self.loaded
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        loaded.model.to(device)
         if self.workers == 1:
+            loaded.model.to(device)
             if "OMP_NUM_THREADS" not in os.environ:  # the user's word comes first
                 _set_threads(loaded.model, cluster.cores())
             _train_here(folder, settings, loaded.model, report)
         else:
-            _train_on_workers(folder, settings, self.workers, report)
+            _train_on_workers(folder, settings, (self.least, self.workers), report)
         state = _load_kept(folder, settings, loaded)
+        if not settings.train.shard:  # what is spread over devices need not fit into one
+            loaded.model.to(device)
         held, objective = _held_groups(folder), settings.made_objective()
         notes = {
             "objective": settings.objective,
@@ -191,12 +196,19 @@ class Prepared:
         return Fitted(model, notes, kept, counts, _tags(self.sides, notes, kept, counts))
 
 
-def prepare(settings: FitSettings, output: str, workers: int = 1) -> Prepared:
-    """Look at everything that a fit needs, and make what it starts from: the model and the examples in tokens."""
+def prepare(settings: FitSettings, output: str, workers: int = 1, least: int = 0) -> Prepared:
+    """Look at everything that a fit needs, and make what it starts from: the model and the examples in tokens.
+
+    With `least` > 0 the group is elastic: it goes on with as few workers as that when nodes are lost, and grows again up to `workers`.
+    """
     if settings.train.shard and workers == 1:
         raise SettingsError("train.shard=true spreads a model over workers, and there is one", "ask for more: --workers 2")
     if workers < 1:
         raise SettingsError(f"workers={workers} cannot train", "1 trains in this process, more on Ray Train workers")
+    if not 0 <= least <= workers or (least and workers == 1):
+        raise SettingsError(
+            f"min_workers={least} is no fewer than workers={workers}", "give the most as --workers, the fewest as --min-workers"
+        )
     folder = Path(output).absolute()
     sides = open_sides(settings.examples, settings.validation_share)
     settings = replace(settings, objective=_objective_name(settings.objective, sides))
@@ -212,7 +224,7 @@ def prepare(settings: FitSettings, output: str, workers: int = 1) -> Prepared:
             f"pooling={loaded.model.pooling} gives one score to a whole answer, and these examples have a target for every step",
             "use a decoder (with --set net.pooling=last)",
         )
-    return Prepared(folder, settings, sides, _for_training(loaded, settings), workers)
+    return Prepared(folder, settings, sides, _for_training(loaded, settings), workers, least or workers)
 
 
 def fit(settings: FitSettings, output: str, workers: int = 1, report: Report = lambda line: None) -> Fitted:
@@ -289,7 +301,9 @@ def _claim(folder: Path, settings: FitSettings, sides: Sides) -> None:
     elif folder.is_dir() and any(p.name != TRACKING for p in folder.iterdir()):
         raise SettingsError(f"{folder} is not empty and holds no run of this job", "choose another --output")
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(mine, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    aside = path.with_suffix(".partial")
+    aside.write_text(json.dumps(mine, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    aside.replace(path)
 
 
 def _prepare(folder: Path, settings: FitSettings, sides: Sides) -> Loaded:
@@ -309,7 +323,8 @@ def _prepare(folder: Path, settings: FitSettings, sides: Sides) -> Loaded:
         rejects = write_groups(folder / "groups" / "train", sides.tables("train"), renderer)
         if any(table.num_rows for table in sides.tables("validation")):
             rejects += write_groups(folder / "groups" / "validation", sides.tables("validation"), renderer, "validation example")
-        pq.write_table(rejects_table(rejects), ready)
+        pq.write_table(rejects_table(rejects), ready.with_suffix(".partial"))
+        ready.with_suffix(".partial").rename(ready)
     reasons = Counter(r.partition(":")[0] for r in pq.read_table(ready)["reason"].to_pylist())
     if reasons:
         said = ", ".join(f"{reason} {n:,}" for reason, n in reasons.most_common())
@@ -342,7 +357,10 @@ def _for_training(loaded: Loaded, settings: FitSettings) -> Loaded:
     adapters.add(loaded.model.classifier, loaded.model.head_name, settings.lora)
     freeze(loaded.model, settings.train.freeze_layers)
     if settings.train.recompute:
-        loaded.model.classifier.gradient_checkpointing_enable({"use_reentrant": False})
+        try:
+            loaded.model.classifier.activation_checkpointing_enable({"use_reentrant": False}, offload=settings.train.offload)
+        except ValueError as error:
+            raise SettingsError(f"train.recompute=true: {error}", "leave it out") from None
     return loaded
 
 
@@ -400,45 +418,105 @@ def _telling(bar: Progress, report: Report) -> Report:
     return tell
 
 
-def _train_on_workers(folder: Path, settings: FitSettings, workers: int, report: Report) -> None:
-    """A TorchTrainer group whose workers read and write OUTPUT; this process shows the progress and passes the metrics on."""
-    total, kept = _run(folder, settings, None, report, Team()).total, checkpoints.steps(folder / "run")
-    if kept and ((state := checkpoints.read_state(kept[-1]))["step"] == total or over(state, settings.train)):
-        return
-    with cluster.connect() as ray:
-        from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchTrainer
+def _train_on_workers(folder: Path, settings: FitSettings, workers: tuple[int, int], report: Report) -> None:
+    """A TorchTrainer group whose workers read and write OUTPUT; this process shows the progress and passes the metrics on.
 
-        gpus = ray.cluster_resources().get("GPU") or 0
-        if workers > ray.cluster_resources()["CPU"]:
-            raise SettingsError(
-                f"--workers {workers} needs {workers} CPUs and this cluster has {ray.cluster_resources()['CPU']:g}",
-                "ask for fewer workers",
-            )
-        if 0 < gpus < workers:
-            raise SettingsError(f"--workers {workers} needs {workers} GPUs and this cluster has {gpus:g}", "ask for fewer workers")
-        trainer = TorchTrainer(
-            _worker,
-            train_loop_config={"folder": str(folder), "settings": as_dict(settings)},
-            scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus >= workers, resources_per_worker={"CPU": 1}),
-            run_config=RunConfig(
-                name=f"fit-{time.time_ns()}",  # Ray resumes a name it has seen; ours is the only way to resume
-                storage_path=str(folder / "ray"),
-                failure_config=FailureConfig(max_failures=3, controller_failure_limit=3),
-            ),
-        )
-        total = _run(folder, settings, None, report, Team()).total
+    `workers` are the fewest and the most. A group that failed is started again, and given up only when it failed RETRIES times more
+    without a new checkpoint, or with an error that would come again.
+    """
+    run = _run(folder, settings, None, report, Team())
+    if _ended(run):
+        return
+    (run.folder / STOP).unlink(missing_ok=True)
+    with cluster.connect() as ray:
+        ask = _resources(ray.cluster_resources(), *workers)
         with (
-            Progress("train", total=total, unit="steps") as bar,
-            _following(folder / "run" / "metrics.jsonl", _telling(bar, report)),
+            Progress("train", total=run.total, unit="steps", start=_newest(run)) as bar,
+            _following(run.folder / "metrics.jsonl", _telling(bar, report)),
         ):
-            try:
-                trainer.fit()
-            except KeyboardInterrupt:
-                raise Interrupted(f"the last checkpoint is kept in {folder / 'run'}; the same command goes on from there") from None
-            except Exception as error:  # Ray wraps what a worker raised in several layers of its own
-                raise RaywardError(f"training failed on the workers: {_innermost(error)}") from error
+            failed, reached = 0, _newest(run)
+            while not _ended(run):
+                error = _fit_once(folder, settings, ask)
+                if (run.folder / STOP).exists() and not _ended(run):
+                    (run.folder / STOP).unlink()
+                    raise stopped(run.folder, _newest(run), run.total)
+                if error is not None:
+                    failed, reached = (failed + 1, reached) if _newest(run) == reached else (1, _newest(run))
+                    if failed > RETRIES or _lasting(error):
+                        raise RaywardError(f"training failed on the workers: {_innermost(error)}") from error
         shutil.rmtree(folder / "ray", ignore_errors=True)
+
+
+def _newest(run: Run) -> int:
+    """The step of the last checkpoint."""
+    kept = checkpoints.steps(run.folder)
+    return checkpoints.read_state(kept[-1])["step"] if kept else 0
+
+
+def _ended(run: Run) -> bool:
+    """Whether a run has come to its end, and what is left of it is on disk."""
+    kept = checkpoints.steps(run.folder)
+    state = checkpoints.read_state(kept[-1]) if kept else {"step": 0}
+    whole = not run.train.shard or run.train.best_by != "last" or (run.folder / "last").is_dir()
+    return (state["step"] == run.total or over(state, run.train)) and whole
+
+
+def _resources(there: Mapping[str, float], least: int, most: int) -> dict[str, Any]:
+    """The arguments of a ScalingConfig for a cluster; SettingsError if it has not even the least."""
+    gpus = there.get("GPU") or 0
+    for kind, has in (("CPU", there["CPU"]), ("GPU", gpus)):
+        if 0 < has < least:
+            raise SettingsError(f"{least} workers need {least} {kind}s and this cluster has {has:g}", "ask for fewer workers")
+    elastic = {"num_workers": (least, most), "elastic_resize_monitor_interval_s": 30.0} if least < most else {"num_workers": most}
+    return {**elastic, "use_gpu": gpus >= least, "resources_per_worker": {"CPU": 1}}
+
+
+def _fit_once(folder: Path, settings: FitSettings, ask: Mapping[str, Any]) -> Exception | None:
+    """Run a group of workers until it ends; what it failed with.
+
+    It runs in a thread: in the main one Ray answers to Ctrl-C by leaving the process as if all were well. Here the first Ctrl-C asks the
+    workers to keep a checkpoint and end, and the second one does not wait for them.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"folder": str(folder), "settings": as_dict(settings)},
+        scaling_config=ScalingConfig(**ask),
+        run_config=RunConfig(
+            name=f"fit-{time.time_ns()}",  # Ray resumes a name it has seen; ours is the only way to resume
+            storage_path=str(folder / "ray"),
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=3),
+        ),
+    )
+    failed: list[Exception] = []
+
+    def fit_workers() -> None:
+        try:
+            trainer.fit()
+        except Exception as error:  # told by the caller
+            failed.append(error)
+
+    thread = threading.Thread(target=fit_workers, daemon=True)
+    with stop_on_signal() as stop:
+        thread.start()
+        while thread.is_alive():
+            thread.join(0.2)
+            if stop.is_set() and thread.is_alive():
+                (folder / "run").mkdir(parents=True, exist_ok=True)
+                (folder / "run" / STOP).touch()
+    return failed[0] if failed else None
+
+
+def _lasting(error: Exception) -> bool:
+    """Whether a worker raised what another try would raise again: anything of ours."""
+    return any(isinstance(_cause(e), RaywardError) for e in (getattr(error, "worker_failures", None) or {}).values())
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What a worker raised, out of what Ray wraps it in."""
+    return getattr(error, "_base_exc", None) or error
 
 
 def _innermost(error: BaseException) -> str:
@@ -455,10 +533,12 @@ def _worker(config: dict[str, Any]) -> None:
     device = ray.train.torch.get_device()
     loaded = _for_training(_load_start(folder, settings), settings)
     _set_threads(loaded.model, cluster.cores() // ray.train.get_context().get_local_world_size())
+    if settings.train.shard:  # from the host's memory, layer by layer
+        shard(loaded.model.classifier.base_model, device, bf16=is_bf16(device, settings.train.precision))
     model = loaded.model.to(device)
-    if settings.train.shard:
-        shard(model.classifier.base_model, device, bf16=is_bf16(device, settings.train.precision))
-    train(_run(folder, settings, model, lambda line: None, Team.here(settings.train.shard)))
+    run = _run(folder, settings, model, lambda line: None, Team.here(settings.train.shard))
+    with suppress(Interrupted):  # the process that started the group tells the user
+        train(replace(run, asked_to_stop=(run.folder / STOP).exists))
 
 
 def _set_threads(model: torch.nn.Module, cores: int) -> None:

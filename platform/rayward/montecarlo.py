@@ -35,7 +35,7 @@ from rayward.dataflow.engine import run, session
 from rayward.dataflow.recipe import announce
 from rayward.grading import Verdict, check_gold, grader_version, make_grader, verdict
 from rayward.labels.judgements import CONTINUATION, reject
-from rayward.policies import POLICIES, TOGETHER, Policy, drawn_by, make_policy
+from rayward.policies import POLICIES, TOGETHER, Policy, drawn_by, gpus_of, make_policy
 from rayward.policies.asking import Asker, Budget, Question, Reply, VerdictLog
 from rayward.progress import Progress
 from rayward.records import BadRecord, Example, Rejected, Rollout, examples_table, prompt_id, rejects_table, rollouts_of
@@ -144,7 +144,7 @@ def label_steps(recipe: Recipe, source: Dataset, settings: StepSampling, log: st
             with session(recipe.engine, source.bytes):
                 finding = find_out(recipe, source, settings, folder) if settings.scheme == AUTO else None
                 make = partial(_PartLabeler, settings, finding, str(folder), name)
-                [made] = dataflow.transform(recipe, source, make, kind="examples", actors=actors)
+                [made] = dataflow.transform(recipe, source, make, kind="examples", actors=actors, gpus=gpus_of(settings.policy))
         finally:
             _policy.cache_clear()
     spent, counts = VerdictLog(folder).spent(), Counter[str]()
@@ -171,7 +171,14 @@ def find_out(recipe: Recipe, source: Dataset, settings: StepSampling, log: Path)
         few = [parts[n * len(parts) // LOOK_IN] for n in range(LOOK_IN)] if len(parts) > LOOK_IN else parts
         task = {"files": [str(file.absolute()) for file in few], "rows": source.manifest.out}
         [found] = run(
-            [task], partial(_Pilot, settings, str(log)), what="pilot", unit="pilots", engine=recipe.engine, size=source.bytes, actors=1
+            [task],
+            partial(_Pilot, settings, str(log)),
+            what="pilot",
+            unit="pilots",
+            engine=recipe.engine,
+            size=source.bytes,
+            actors=1,
+            gpus=gpus_of(settings.policy),
         )
         log.mkdir(parents=True, exist_ok=True)
         aside = path.with_suffix(f".{os.getpid()}")

@@ -100,7 +100,8 @@ class RewardModel(nn.Module):
                 "use --set net.pooling=own",
             )
         if plain:
-            _check_width(self.head, self.pooling, classifier.config)
+            if self.pooling != "own":
+                _check_width(self.head, self.pooling, classifier.config)
             self.head.float()
         self.train(classifier.training)
 
@@ -195,7 +196,7 @@ def _check_width(head: nn.Module, pooling: str, config: Any) -> None:
     reads = next(m for m in head.modules() if isinstance(m, nn.Linear)).in_features
     own = config.get_text_config()
     wide = width_of(pooling) * (getattr(own, "word_embed_proj_dim", None) or own.hidden_size)  # OPT projects what it says
-    if pooling != "own" and reads != wide:
+    if reads != wide:
         raise ModelError(
             f"pooling={pooling} reads {wide} numbers per sequence, and the head takes {reads}",
             "leave net.pooling out to go on with the head that is there, or put a fresh one in its place: --set net.new_head=true",

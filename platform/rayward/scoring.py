@@ -6,7 +6,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from torch import nn
 
 from rayward import dataflow, metrics
 from rayward.batching import BatchSettings
@@ -106,19 +108,44 @@ class Scorer:
         return Example(id=rollouts[0].id, prompt=rollouts[0].prompt, answers=answers, targets=(0.0,) * places, counts=(0,) * places)
 
 
-def score_dataset(recipe: Recipe, source: Dataset, folder: str, actors: int, aggregate: metrics.Aggregation = "last") -> Dataset:
+@contextmanager
+def dropping(model: nn.Module, rate: float, seed: int) -> Iterator[None]:
+    """Scores inside are draws of Monte-Carlo dropout: before every weight layer a share `rate` of the inputs is zero, the others grow.
+
+    Gal and Ghahramani 2016 (arXiv 1506.02142, section 3). It does not ask for dropout in training, which most decoders have none of, nor
+    for layers that hold some: the inputs of every linear layer of body and head are dropped. `seed` makes a draw repeatable.
+    """
+    from transformers.pytorch_utils import Conv1D  # the linear layer of GPT-2
+
+    def drop(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return (nn.functional.dropout(inputs[0], rate), *inputs[1:])
+
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D)]
+    hooks = [layer.register_forward_pre_hook(drop) for layer in layers]
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def score_dataset(
+    recipe: Recipe, source: Dataset, folder: str, actors: int, aggregate: metrics.Aggregation = "last", gpus: float = -1.0
+) -> Dataset:
     """The rollouts of a dataset with a `score` each, and `step_scores` where steps are scored, by a pool of actors.
 
     `aggregate` says how the scores of steps become that of the answer (metrics.AGGREGATIONS); each is a logit.
     """
-    [made] = dataflow.transform(recipe, source, partial(_PartScorer, folder, aggregate), kind="scores", actors=actors)
+    [made] = dataflow.transform(recipe, source, partial(_PartScorer, folder, aggregate), kind="scores", actors=actors, gpus=gpus)
     return made
 
 
 def label_by_scores(recipe: Recipe, source: Dataset, folder: str, judge: str, labeler: Labeler, settings: Any, actors: int) -> Dataset:
     """Examples of rollouts that a model has judged: its score is the reward, and all whole answers of a prompt are one judgement."""
     make = partial(_PartLabeler, folder, judge, labeler, settings)
-    [made] = dataflow.transform(recipe, source, make, kind="examples", actors=actors)
+    [made] = dataflow.transform(recipe, source, make, kind="examples", actors=actors, gpus=-1.0)
     return made
 
 

@@ -55,6 +55,7 @@ class TrainSettings:
     best_by: Literal["loss", "accuracy", "last"] = "loss"  # which validated weights are kept; last: those of the last step
     shard: bool = False  # spread the body over the workers (FSDP2), for models that do not fit into one device
     recompute: bool = False  # keep no activations of a layer and compute them again for the gradient: less memory, a third slower
+    offload: bool = False  # with recompute: what is kept between layers lies in the host's memory
     patience: int = 0  # validations without a better one after which a run ends (0: it runs to its last step)
     seed: int = 0  # another seed is another order of the examples, another fresh head, another dropout
 
@@ -73,6 +74,8 @@ class TrainSettings:
             raise ValueError(
                 f"layer_decay={self.layer_decay}, average={self.average}, freeze_layers={self.freeze_layers}: not a way to train"
             )
+        if self.offload and not self.recompute:
+            raise ValueError("offload=true is about what recompute=true keeps: set both")
         if self.patience < 0 or (self.patience and self.best_by == "last"):
             raise ValueError(f"patience={self.patience} needs best_by=loss or accuracy, to know what is better")
 
@@ -131,6 +134,14 @@ class Team:
                     p.grad.copy_(part.view_as(p))  # type: ignore[union-attr]
                 waiting, held = [], 0
 
+    def any(self, word: bool, device: torch.device) -> bool:
+        """Whether any worker says yes; all of them must ask."""
+        if self.size == 1:
+            return word
+        said = torch.tensor([float(word)], device=device)
+        dist.all_reduce(said)
+        return bool(said.item())
+
     def sum(self, means: dict[str, Mean], device: torch.device) -> dict[str, Mean]:
         """Add up means over all workers."""
         if self.size == 1:
@@ -174,6 +185,7 @@ class Run:
     folder: Path  # checkpoints, metrics.jsonl; seen by all workers
     report: Report = lambda line: None
     team: Team = Team()
+    asked_to_stop: Callable[[], bool] = lambda: False  # besides a signal; looked at with every line of metrics
 
     @property
     def total(self) -> int:
@@ -187,20 +199,33 @@ class Run:
 
 def train(run: Run) -> dict[str, Any]:
     """Run to the end from the last checkpoint, if there is one; returns the state of the last step. Weights end in run.model."""
-    model, settings, total, team = run.model, run.train, run.total, run.team
+    model, settings, team = run.model, run.train, run.team
     optimizer = make_optimizer(model, settings)
-    parameters = [p for p in model.parameters() if p.requires_grad]
     average = Average(model.classifier, settings.average) if settings.average else None
     state = _resume(run, optimizer, average)
     validate_every = run.every(settings.validate_every, 5)
     checkpoint_every = run.every(settings.checkpoint_every, 10, least=20)
     lines = _Lines(run, state["step"])
-    writer = checkpoints.Writer(run.folder, team.rank, team.sharded)
+    with checkpoints.Writer(run.folder, team.rank, team.sharded) as writer:
+        _steps(run, optimizer, average, state, writer)
+        if team.sharded and settings.best_by == "last":  # shares are no weights to load elsewhere
+            with average.in_place() if average is not None else nullcontext():
+                writer.save("last", model.classifier, None, {"step": state["step"]})
+    return state
+
+
+def _steps(run: Run, optimizer: torch.optim.Optimizer, average: Average | None, state: dict[str, Any], writer: checkpoints.Writer) -> None:
+    """All steps that are left."""
+    model, settings, total, team = run.model, run.train, run.total, run.team
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    validate_every = run.every(settings.validate_every, 5)
+    checkpoint_every = run.every(settings.checkpoint_every, 10, least=20)
+    lines = _Lines(run, state["step"])
     tally = _Tally()
     carried = {name: Mean(*pair) for name, pair in (state.pop("since_last_line", None) or {}).items()}  # what the next line also covers
     steps_of: tuple[int, list[Any]] = (-1, [])
     model.train()
-    with _stop_on_signal() as stop:
+    with stop_on_signal() as stop:
         for step in range(state["step"], state["step"] if over(state, settings) else total):
             per_epoch = total // settings.epochs
             epoch, at = divmod(step, per_epoch)
@@ -218,7 +243,8 @@ def train(run: Run) -> dict[str, Any]:
             if run.validation is not None and (done % validate_every == 0 or last):
                 _validated(run, lines, writer, tally, average, state, done)
                 last = last or over(state, settings)
-            keep = done % checkpoint_every == 0 or last or stop.is_set()
+            stopping = stop.is_set() if team.size == 1 else due and team.any(run.asked_to_stop(), model.device)
+            keep = done % checkpoint_every == 0 or last or stopping
             if keep and not due:
                 carried = _add(carried, team.sum(tally.drain(run.objective, team), model.device))
             state["step"] = done
@@ -226,16 +252,16 @@ def train(run: Run) -> dict[str, Any]:
                 pending = {name: [mean.total, mean.weight] for name, mean in carried.items()}
                 whole = {**state, "since_last_line": pending}
                 writer.save(f"step-{done:08d}", model.classifier, optimizer, whole, average.mean if average else None)
-            if keep and stop.is_set() and not last:
-                writer.wait()
-                raise Interrupted(f"step {done} of {total} is kept in {run.folder}; the same command goes on from there")
             if last:
                 break
-    if team.sharded and settings.best_by == "last":  # shares are no weights to load elsewhere
-        with average.in_place() if average is not None else nullcontext():
-            writer.save("last", model.classifier, None, {"step": state["step"]})
-    writer.wait()
-    return state
+            if stopping:
+                writer.wait()
+                raise stopped(run.folder, done, total)
+
+
+def stopped(folder: Path, done: int, total: int) -> Interrupted:
+    """What is said to a user who stopped a run."""
+    return Interrupted(f"step {done} of {total} is kept in {folder}; the same command goes on from there")
 
 
 def over(state: Mapping[str, Any], settings: TrainSettings) -> bool:
@@ -362,9 +388,12 @@ class _Lines:
         self.run, self.path = run, run.folder / "metrics.jsonl"
         if run.team.rank == 0:
             run.folder.mkdir(parents=True, exist_ok=True)
-            old = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-            kept = [line for line in old if line.endswith("}") and json.loads(line)["step"] <= step]
-            self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            old = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+            kept = "".join(line + "\n" for line in old.splitlines() if line.endswith("}") and json.loads(line)["step"] <= step)
+            if kept != old:
+                aside = self.path.with_suffix(".partial")
+                aside.write_text(kept, encoding="utf-8")
+                aside.replace(self.path)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One line, on rank 0; a loss that is no number ends the run with the way out."""
@@ -373,13 +402,18 @@ class _Lines:
             raise RaywardError(f"{bad[0]} is {values[bad[0]]} at step {step}\n  -> lower the learning rate: --set train.lr=...")
         if self.run.team.rank == 0:
             line = {"step": step, **{n: v for n, v in values.items() if math.isfinite(v)}}
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            try:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+            except OSError as error:
+                raise RaywardError(
+                    f"{self.path} cannot be written: {error}\n  -> make room on that disk; the same command goes on"
+                ) from None
             self.run.report(line)
 
 
 @contextmanager
-def _stop_on_signal() -> Iterator[threading.Event]:
+def stop_on_signal() -> Iterator[threading.Event]:
     """Ctrl-C or a polite kill lets the step end and a checkpoint be written; a second one stops at once."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():

@@ -70,9 +70,12 @@ def run(
     engine: Engine,
     size: int = 0,
     actors: int = 0,
+    gpus: float = 0.0,
     done: Path | None = None,
 ) -> list[dict[str, Any]]:
     """What came of every task, in order; `make` makes the function that does one. With `actors` Ray keeps so many, each made once.
+
+    `gpus` is what each of them holds: a number, or -1 for one where the cluster has any. SettingsError if no machine has as many.
 
     In a `done` folder lies what came of tasks of an earlier run.
     """
@@ -95,7 +98,7 @@ def run(
                 bar.advance()
         elif todo:
             with cluster.connect():
-                for row in _ray_rows(todo, make, actors):
+                for row in _ray_rows(todo, make, actors, gpus):
                     if row["error"]:
                         kind, words, way_out = json.loads(row["error"])
                         raise getattr(errors, kind)(words, way_out)
@@ -104,7 +107,7 @@ def run(
     return [results[number] for number in range(len(tasks))]
 
 
-def _ray_rows(tasks: Sequence[dict[str, Any]], make: Callable[[], Work], actors: int) -> Iterator[dict[str, Any]]:
+def _ray_rows(tasks: Sequence[dict[str, Any]], make: Callable[[], Work], actors: int, gpus: float) -> Iterator[dict[str, Any]]:
     import ray.data
 
     cluster.quiet("ray.data")
@@ -112,7 +115,7 @@ def _ray_rows(tasks: Sequence[dict[str, Any]], make: Callable[[], Work], actors:
     dataset = ray.data.from_items([{"task": json.dumps(task)} for task in tasks], override_num_blocks=max(1, len(tasks)))
     if actors:
         pool = ray.data.ActorPoolStrategy(min_size=1, max_size=min(actors, len(tasks)))
-        dataset = dataset.map(_Worker, fn_constructor_args=(make,), compute=pool)
+        dataset = dataset.map(_Worker, fn_constructor_args=(make,), compute=pool, num_gpus=cluster.gpus_each(gpus))
     else:
         dataset = dataset.map(lambda row: _Worker(make)(row))
     try:

@@ -19,7 +19,7 @@ from rayward.errors import DataError
 from rayward.splits import SIDES
 from rayward.storage import Counts, Dataset, Manifest, code_version, publish, read_manifest, sibling, whole_digest
 
-HOW = ("output", "engine", "overwrite", "parts", "actors")  # settings that change where and how, not what
+HOW = ("output", "engine", "overwrite", "parts", "actors", "gpus")  # settings that change where and how, not what
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from rayward.dataflow import Engine, Made, Recipe
 from rayward.errors import SettingsError
 from rayward.judging.answers import AnswerSettings, Judged, judge_answers
 from rayward.judging.steps import StepJudgeSettings, judge_steps
-from rayward.policies import HOW, POLICIES, drawn_by, make_policy
+from rayward.policies import HOW, POLICIES, drawn_by, gpus_of, make_policy
 from rayward.policies.asking import Asker, Budget, Spent, Tally, VerdictLog
 from rayward.records import rejects_table, rollouts_of, rollouts_table
 from rayward.storage import Dataset, open_dataset, sibling
@@ -101,7 +101,7 @@ def judge_dataset(made_by: str, job: Job) -> Dataset:
     log = VerdictLog(job.folder.absolute())
     before = log.spent()
     make = partial(_JudgePart, job, str(log.folder), str(tallies))
-    [made] = dataflow.transform(recipe, rollouts, make, kind="rollouts", actors=job.actors)
+    [made] = dataflow.transform(recipe, rollouts, make, kind="rollouts", actors=job.actors, gpus=gpus_of(job.judge))
     total: Tally = defaultdict(float)
     for path in tallies.glob("*.json"):
         for name, number in json.loads(path.read_text(encoding="utf-8")).items():

@@ -152,6 +152,11 @@ def _vllm(**settings: Any) -> Policy:
 POLICIES: dict[str, Callable[..., Policy]] = {"toy": _toy, "server": _server, "transformers": _transformers, "vllm": _vllm}
 
 
+def gpus_of(name: str) -> float:
+    """What a worker with such a policy holds of GPUs: one, where there are any (-1), if its model is in the worker's process; else none."""
+    return -1.0 if name == "transformers" else 0.0
+
+
 def make_policy(name: str, settings: Mapping[str, Any] | None = None) -> Policy:
     """The policy of that name with these settings. Made once per process: a model is loaded here."""
     return choose(POLICIES, name, "policy")(**(settings or {}))
