@@ -3,8 +3,8 @@
     python benchmarks/throughput.py                             # on a GPU: a Qwen3-0.6B; without one: a small model, and it says so
     python benchmarks/throughput.py --shape 4b --recompute --steps 20
 
-Random weights of a shape, pairs of log-normal lengths, packed rows, the step of `training.train` itself: forward, loss, backward, clip, AdamW.
-The device's rate is measured first, with square products of 8,192 (1,024 without a GPU) in the same precision. A step needs 6 FLOPs
+Random weights of a shape, pairs of log-normal lengths, packed rows, the step of `training.train` itself: forward, loss, backward, clip,
+AdamW. The device's rate is measured first, with square products of 8,192 (1,024 without a GPU) in the same precision. A step needs 6 FLOPs
 per weight of the body and token (2 forward, 4 backward; what --recompute does again is not counted), and 12 per layer, width and pair of
 tokens that attend to each other (PaLM, arXiv 2204.02311, appendix B). The last line is JSON.
 """

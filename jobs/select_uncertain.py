@@ -10,8 +10,8 @@ answers. Models of pairs and rankings disagree about differences of scores withi
 
 OUTPUT holds all answers of the chosen prompts as rollouts, each with the reason in its provenance (`selected`: uncertain or random,
 `uncertainty`, `uncertainty_rank`), for label_pairs, judge_pairs or people. A share of `--random` is drawn from the whole pool whatever
-the models say: judge on it, and on nothing that was chosen. OUTPUT/uncertainty.parquet holds every prompt of the pool by rank, OUTPUT/rejects
-what was not chosen, with its rank.
+the models say: judge on it, and on nothing that was chosen. OUTPUT/uncertainty.parquet holds every prompt of the pool by rank,
+OUTPUT/rejects what was not chosen, with its rank.
 """
 
 import sys

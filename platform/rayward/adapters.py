@@ -7,13 +7,15 @@ no head is lost on the way. A body in 4 bits is unpacked first; its scores are t
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 from rayward.errors import ModelError, SettingsError
+from rayward.optimizers import head_parts, is_part
 
 
 @dataclass(frozen=True)
@@ -24,13 +26,15 @@ class LoraSettings:
     alpha: float = 0.0  # the product of the factors is scaled by alpha / rank; 0: twice the rank
     dropout: float = 0.0  # of what goes into the factors, while training
     targets: str = "all-linear"  # which matrices: names separated by commas, e.g. q_proj,v_proj; all-linear: all but the head
-    bits: Literal[4, 16] = 16  # 4: the frozen body in 4-bit NormalFloat, to fit a large one (QLoRA)
+    bits: int = 16  # 4: the frozen body in 4-bit NormalFloat, to fit a large one (QLoRA)
 
     def __post_init__(self) -> None:
         if self.rank < 0 or self.alpha < 0 or not 0 <= self.dropout < 1:
             raise ValueError(f"rank={self.rank}, alpha={self.alpha}, dropout={self.dropout}: not an adapter")
         if not self.rank and (self.alpha, self.dropout, self.targets, self.bits) != (0.0, 0.0, "all-linear", 16):
             raise ValueError("alpha, dropout, targets and bits are about adapters, and rank=0 means none")
+        if self.bits not in (4, 16):
+            raise ValueError(f"bits={self.bits} must be 4 or 16")
 
 
 def check(settings: LoraSettings) -> None:
@@ -50,33 +54,39 @@ def quantized(settings: LoraSettings) -> dict[str, Any]:
     from transformers import BitsAndBytesConfig
 
     how = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32, llm_int8_skip_modules=["score", "classifier"]
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.float32,
+        llm_int8_skip_modules=["score", "classifier", "pooler", "head"],
     )
     return {"quantization_config": how}
 
 
 def add(classifier: nn.Module, head: str, settings: LoraSettings) -> None:
-    """Put adapters into a model and freeze all else but the head, whose parameters begin with `head`."""
+    """Put adapters into a model and freeze all else but the head (what `head` names, and what is new with it)."""
     if not settings.rank:
         return
     from peft import LoraConfig, TaskType, inject_adapter_in_model
+    from transformers.pytorch_utils import Conv1D
 
+    parts = head_parts(classifier, head)
     targets: Any = settings.targets if settings.targets == "all-linear" else [t.strip() for t in settings.targets.split(",")]
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha or 2 * settings.rank,
         lora_dropout=settings.dropout,
         target_modules=targets,
-        exclude_modules=rf"{head}(\..*)?",
+        exclude_modules=rf"({'|'.join(map(re.escape, parts))})(\..*)?",
+        fan_in_fan_out=any(isinstance(m, Conv1D) for m in classifier.modules()),  # GPT-2 keeps its matrices the other way round
         task_type=TaskType.SEQ_CLS,
     )
     try:
         inject_adapter_in_model(config, classifier)
     except ValueError as error:
-        names = sorted({n.rpartition(".")[2] for n, m in classifier.named_modules() if isinstance(m, nn.Linear) and not n.startswith(head)})
+        names = sorted({n.rpartition(".")[2] for n, m in classifier.named_modules() if isinstance(m, nn.Linear) and not is_part(n, parts)})
         raise ModelError(f"lora.targets={settings.targets} fits nothing: {str(error)[:200]}", f"it has {', '.join(names)}") from None
     for name, parameter in classifier.named_parameters():
-        if name.startswith(head):
+        if is_part(name, parts):
             parameter.requires_grad_(True)
 
 

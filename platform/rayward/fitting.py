@@ -21,7 +21,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -52,7 +52,8 @@ TRACKING = "tracking.json"  # in OUTPUT: which tracked run it belongs to
 
 
 STOP = "stop"  # in OUTPUT/run: workers that see it keep a checkpoint and end
-RETRIES = 3  # times a group of workers may fail without a new checkpoint in between
+FAILED = "failed.txt"  # in OUTPUT/run: an error that would come again; workers that see it do not begin
+RETRIES = 3  # times a group of workers is started again without a new checkpoint
 SMALL = 2_000_000  # parameters below which one thread is the safer choice (docs/log.md)
 
 
@@ -78,6 +79,8 @@ class FitSettings:
         if self.objective != "auto":
             self.made_objective()
         adapters.check(self.lora)
+        if self.lora.bits == 4 and self.train.shard:
+            raise SettingsError("a body in 4 bits (lora.bits=4) cannot be spread (train.shard=true)", "leave one of them out")
 
     def made_objective(self) -> Objective:
         """The objective with its settings and regularisers."""
@@ -356,6 +359,11 @@ def _for_training(loaded: Loaded, settings: FitSettings) -> Loaded:
     """The model with what is trained of it: adapters, or the layers that are not frozen."""
     adapters.add(loaded.model.classifier, loaded.model.head_name, settings.lora)
     freeze(loaded.model, settings.train.freeze_layers)
+    if settings.lora.rank and not any("lora_" in name and p.requires_grad for name, p in loaded.model.classifier.named_parameters()):
+        raise SettingsError(
+            f"train.freeze_layers={settings.train.freeze_layers} leaves no layer where lora.rank={settings.lora.rank} could adapt one",
+            "leave one of them out",
+        )
     if settings.train.recompute:
         try:
             loaded.model.classifier.activation_checkpointing_enable({"use_reentrant": False}, offload=settings.train.offload)
@@ -421,30 +429,36 @@ def _telling(bar: Progress, report: Report) -> Report:
 def _train_on_workers(folder: Path, settings: FitSettings, workers: tuple[int, int], report: Report) -> None:
     """A TorchTrainer group whose workers read and write OUTPUT; this process shows the progress and passes the metrics on.
 
-    `workers` are the fewest and the most. A group that failed is started again, and given up only when it failed RETRIES times more
-    without a new checkpoint, or with an error that would come again.
+    `workers` are the fewest and the most. A group that loses a worker is started again, and given up when it failed more than RETRIES
+    times without a new checkpoint, or with an error of ours, which would come again.
     """
     run = _run(folder, settings, None, report, Team())
     if _ended(run):
         return
-    (run.folder / STOP).unlink(missing_ok=True)
+    _forget(run)
     with cluster.connect() as ray:
         ask = _resources(ray.cluster_resources(), *workers)
         with (
             Progress("train", total=run.total, unit="steps", start=_newest(run)) as bar,
             _following(run.folder / "metrics.jsonl", _telling(bar, report)),
         ):
-            failed, reached = 0, _newest(run)
             while not _ended(run):
+                before = _newest(run)
                 error = _fit_once(folder, settings, ask)
+                if (run.folder / FAILED).exists():
+                    raise RaywardError((run.folder / FAILED).read_text(encoding="utf-8"))
                 if (run.folder / STOP).exists() and not _ended(run):
-                    (run.folder / STOP).unlink()
                     raise stopped(run.folder, _newest(run), run.total)
-                if error is not None:
-                    failed, reached = (failed + 1, reached) if _newest(run) == reached else (1, _newest(run))
-                    if failed > RETRIES or _lasting(error):
-                        raise RaywardError(f"training failed on the workers: {_innermost(error)}") from error
+                if error is not None and _newest(run) == before:
+                    raise RaywardError(f"training failed on the workers: {_innermost(error)}") from error
+        _forget(run)
         shutil.rmtree(folder / "ray", ignore_errors=True)
+
+
+def _forget(run: Run) -> None:
+    """No word of an earlier group is left."""
+    for name in (STOP, FAILED):
+        (run.folder / name).unlink(missing_ok=True)
 
 
 def _newest(run: Run) -> int:
@@ -487,7 +501,7 @@ def _fit_once(folder: Path, settings: FitSettings, ask: Mapping[str, Any]) -> Ex
         run_config=RunConfig(
             name=f"fit-{time.time_ns()}",  # Ray resumes a name it has seen; ours is the only way to resume
             storage_path=str(folder / "ray"),
-            failure_config=FailureConfig(max_failures=0, controller_failure_limit=3),
+            failure_config=FailureConfig(max_failures=RETRIES, controller_failure_limit=3),
         ),
     )
     failed: list[Exception] = []
@@ -509,16 +523,6 @@ def _fit_once(folder: Path, settings: FitSettings, ask: Mapping[str, Any]) -> Ex
     return failed[0] if failed else None
 
 
-def _lasting(error: Exception) -> bool:
-    """Whether a worker raised what another try would raise again: anything of ours."""
-    return any(isinstance(_cause(e), RaywardError) for e in (getattr(error, "worker_failures", None) or {}).values())
-
-
-def _cause(error: BaseException) -> BaseException:
-    """What a worker raised, out of what Ray wraps it in."""
-    return getattr(error, "_base_exc", None) or error
-
-
 def _innermost(error: BaseException) -> str:
     inner = getattr(error, "worker_failures", None) or {}
     return str(next(iter(inner.values()), error)).strip().splitlines()[-1]
@@ -530,6 +534,8 @@ def _worker(config: dict[str, Any]) -> None:
     import ray.train.torch
 
     folder, settings = Path(config["folder"]), resolve(FitSettings, config["settings"])
+    if (folder / "run" / FAILED).exists():
+        return
     device = ray.train.torch.get_device()
     loaded = _for_training(_load_start(folder, settings), settings)
     _set_threads(loaded.model, cluster.cores() // ray.train.get_context().get_local_world_size())
@@ -537,8 +543,13 @@ def _worker(config: dict[str, Any]) -> None:
         shard(loaded.model.classifier.base_model, device, bf16=is_bf16(device, settings.train.precision))
     model = loaded.model.to(device)
     run = _run(folder, settings, model, lambda line: None, Team.here(settings.train.shard))
-    with suppress(Interrupted):  # the process that started the group tells the user
+    try:
         train(replace(run, asked_to_stop=(run.folder / STOP).exists))
+    except Interrupted:
+        return  # the process that started the group tells the user
+    except RaywardError as error:  # another try would end alike
+        (run.folder / FAILED).write_text(str(error), encoding="utf-8")
+        raise
 
 
 def _set_threads(model: torch.nn.Module, cores: int) -> None:

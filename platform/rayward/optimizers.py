@@ -14,12 +14,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from rayward.sharding import is_sharded
+from rayward.sharding import LISTS, is_sharded
 
 Schedule = Literal["cosine", "linear", "constant", "wsd"]
 FLOOR = 0.05  # of the peak learning rate, where a schedule ends
 DECAY = 0.2  # share of steps over which `wsd` falls
-_LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks)\.(\d+)\.")  # what Hugging Face calls a body's layers
+_LAYER = re.compile(rf"(?:^|\.)(?:{'|'.join(LISTS)})\.(\d+)\.")
 _EMBEDDING = re.compile(r"embed|(?:^|\.)w[tp]e\.")
 
 
@@ -47,6 +47,26 @@ def lr_share(step: int, total: int, warmup: float, schedule: Schedule) -> float:
 def layers_of(model: nn.Module) -> int:
     """How many layers a body has, by the names of its parameters."""
     return 1 + max((int(found[1]) for name, _ in model.named_parameters() if (found := _LAYER.search(name))), default=-1)
+
+
+def head_parts(model: Any, head: str) -> tuple[str, ...]:
+    """What stands behind the layers of a body and is new with the head: the modules that a frozen body does not freeze.
+
+    `head` is the last of them; some classes have a pooler or a dense layer before it.
+    """
+    body = model.base_model
+    prefix = next((f"{name}." for name, module in model.named_children() if module is body), "")
+    before = [name for name, module in model.named_children() if module is not body and name != head]
+    return (head, *before, *(f"{prefix}{name}" for name, _ in body.named_children() if name == "pooler"))
+
+
+def is_part(name: str, parts: tuple[str, ...]) -> bool:
+    """Whether a parameter or module belongs to one of these modules.
+
+    >>> is_part("score.weight", ("score",)), is_part("scores.weight", ("score",))
+    (True, False)
+    """
+    return any(name == part or name.startswith(part + ".") for part in parts)
 
 
 def depth_of(name: str, layers: int, head: bool) -> int:

@@ -123,7 +123,7 @@ def dropping(model: nn.Module, rate: float, seed: int) -> Iterator[None]:
     layers = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D)]
     hooks = [layer.register_forward_pre_hook(drop) for layer in layers]
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([d.index or 0 for d in {p.device for p in model.parameters()} if d.type == "cuda"]):
             torch.manual_seed(seed)
             yield
     finally:

@@ -20,13 +20,14 @@ from torch.distributed.tensor import DTensor
 from rayward.errors import ModelError
 
 SHARDS = "shards"  # folder of a checkpoint
+LISTS = ("layers", "layer", "h", "blocks")  # what Hugging Face calls a body's layers
 
 
 def shard(body: nn.Module, device: torch.device, bf16: bool) -> None:
     """Spread a body over all workers: layer by layer, then what is left. Gradients are added up, not averaged."""
     if not dist.is_initialized():
         raise ModelError("train.shard=true spreads a model over workers, and there is one process", "ask for more: --workers 2")
-    lists = [m for name, m in body.named_modules() if isinstance(m, nn.ModuleList) and name.rpartition(".")[2] in ("layers", "layer", "h")]
+    lists = [m for name, m in body.named_modules() if isinstance(m, nn.ModuleList) and name.rpartition(".")[2] in LISTS]
     if not lists:
         raise ModelError(f"{type(body).__name__} has no list of layers to spread", "leave train.shard out")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
@@ -81,11 +82,10 @@ def load(folder: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def states(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """An optimizer's moments by name, made (as zeros) where no step was taken yet."""
-    if not optimizer.state:
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-                optimizer.state[p] = {"step": torch.tensor(0.0), **moments}
+    """An optimizer's moments by name, made (as zeros) where no step was taken yet, or a parameter never had a gradient."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for p in parameters:
+        if not optimizer.state[p]:
+            moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            optimizer.state[p] = {"step": torch.tensor(0.0, device=p.device), **moments}
     return {f"{n}.{name}": value for n, p in enumerate(parameters) for name, value in optimizer.state[p].items()}

@@ -27,7 +27,7 @@ from rayward.batching import BatchSettings, micro_batches, plan
 from rayward.errors import Interrupted, RaywardError, SettingsError
 from rayward.metrics import Mean
 from rayward.objectives import Objective
-from rayward.optimizers import Average, Schedule, depth_of, layers_of, lr_share, parameter_groups
+from rayward.optimizers import Average, Schedule, depth_of, head_parts, is_part, layers_of, lr_share, parameter_groups
 from rayward.rendering import Groups
 from rayward.reward_model import RewardModel, autocast
 from rayward.sharding import clip, is_sharded
@@ -203,9 +203,6 @@ def train(run: Run) -> dict[str, Any]:
     optimizer = make_optimizer(model, settings)
     average = Average(model.classifier, settings.average) if settings.average else None
     state = _resume(run, optimizer, average)
-    validate_every = run.every(settings.validate_every, 5)
-    checkpoint_every = run.every(settings.checkpoint_every, 10, least=20)
-    lines = _Lines(run, state["step"])
     with checkpoints.Writer(run.folder, team.rank, team.sharded) as writer:
         _steps(run, optimizer, average, state, writer)
         if team.sharded and settings.best_by == "last":  # shares are no weights to load elsewhere
@@ -296,8 +293,9 @@ def freeze(model: RewardModel, lowest: int) -> None:
     layers = layers_of(model.classifier)
     if lowest > layers:
         raise SettingsError(f"freeze_layers={lowest} and the body has {layers} layers", "freeze fewer, or -1 for all of them")
+    parts = head_parts(model.classifier, model.head_name)
     for name, parameter in model.classifier.named_parameters():
-        head = name.startswith(model.head_name)
+        head = is_part(name, parts)
         frozen = lowest and not head and (lowest < 0 or depth_of(name, layers, head) <= lowest)
         parameter.requires_grad_(parameter.requires_grad and not frozen)
 

@@ -69,7 +69,7 @@ def deviation(logit_MK: Array) -> Array:
 
 
 def probability_deviation(logit_MK: Array) -> Array:
-    """The standard deviation of sigma(logit) over members, 0 to 0.71, for each of K places: as `deviation`, without weight on certain ones."""
+    """The standard deviation of sigma(logit) over members, 0 to 0.71, for each of K places: `deviation` of chances."""
     return deviation(_sigma(logit_MK))
 
 
@@ -203,10 +203,10 @@ _PROMPTS = pa.schema([("prompt_id", pa.string()), ("text", pa.string()), ("answe
 
 @dataclass(frozen=True)
 class Measured:
-    """The prompts of some rollouts with their uncertainties (_PROMPTS), and rollouts that none was measured of."""
+    """The prompts of some rollouts with their uncertainties (_PROMPTS), and why rollouts had no part in that, by their place."""
 
     prompts: pa.Table
-    rejects: list[Rejected]
+    left_out: dict[int, str]
 
 
 def measure_prompts(rollouts: Sequence[Rollout], members: Members) -> Measured:
@@ -216,36 +216,31 @@ def measure_prompts(rollouts: Sequence[Rollout], members: Members) -> Measured:
     one answer that can be scored.
     """
     if not rollouts:
-        return Measured(_PROMPTS.empty_table(), [])
+        return Measured(_PROMPTS.empty_table(), {})
     scores, compares = members.score(rollouts)
     measure = members.settings.chosen_measure(len(members.folders))
     rows: list[tuple[str, str, int, float]] = []
-    rejects: list[Rejected] = []
+    left_out: dict[int, str] = {}
     for prompt, of in itertools.groupby(range(len(rollouts)), key=lambda n: rollouts[n].prompt):
-        answers: dict[tuple[str, ...], int] = {}
-        scored = []
+        answers: dict[str, list[int]] = {}
         for n in of:
             bad = next((of_member[n] for of_member in scores if isinstance(of_member[n], Rejected)), None)
             if bad is not None:
-                rejects.append(bad)
+                left_out[n] = bad.reason
             else:
-                scored.append(n)
-                answers.setdefault(rollouts[n].steps, n)
+                answers.setdefault(rollouts[n].text, []).append(n)
         if len(answers) < (2 if compares else 1):
-            rejects += [_reject(rollouts[n].id, "alone: its prompt has no other answer to compare it with") for n in scored]
+            alone = "alone: its prompt has no other answer to compare it with"
+            left_out |= {n: alone for same in answers.values() for n in same}
             continue
-        first = list(answers.values())
+        first = [same[0] for same in answers.values()]
         logit_MK = np.stack([np.concatenate([of_member[n] for n in first]) for of_member in scores])
         if compares:
             logit_MK = comparisons(logit_MK, best_two=measure == "entropy")
         text = "\n".join(message.content for message in prompt)
         rows.append((prompt_id(prompt), text, len(first), float(MEASURES[measure](logit_MK).mean())))
     columns: Any = zip(*rows, strict=True) if rows else [[]] * len(_PROMPTS)
-    return Measured(pa.table([pa.array(c, f.type) for c, f in zip(columns, _PROMPTS, strict=True)], schema=_PROMPTS), rejects)
-
-
-def _reject(row: str, reason: str) -> Rejected:
-    return Rejected(source="rollouts", row=row, reason=reason)
+    return Measured(pa.table([pa.array(c, f.type) for c, f in zip(columns, _PROMPTS, strict=True)], schema=_PROMPTS), left_out)
 
 
 # ---------------------------------------------------------------------------------------------------------------- choosing
@@ -270,58 +265,49 @@ def choose(prompts: pa.Table, count: int, settings: SelectSettings) -> dict[str,
     rank = {n: place for place, n in enumerate(order, 1)}
     drawn = sorted(range(len(ids)), key=lambda n: seed_of("random prompt", settings.seed, ids[n]))
     by_chance = math.floor(count * settings.random + 0.5)
-    made = {n: "random" for n in _distinct(prompts, drawn, by_chance, (), settings.distinct)[0]}
+    made = dict.fromkeys(_distinct(prompts, drawn, by_chance, (), settings.distinct)[0], "random")
     rest = [n for n in order if n not in made]
     uncertain, alike = _distinct(prompts, rest, count - len(made), tuple(made), settings.distinct)
     made |= dict.fromkeys(uncertain, "uncertain")
     return {ids[n]: Choice(made.get(n) or ("near-duplicate" if n in alike else "not selected"), rank[n], float(value[n])) for n in order}
 
 
-def _distinct(
-    prompts: pa.Table, order: Sequence[int], count: int, taken: tuple[int, ...], distinct: bool
-) -> tuple[list[int], set[int]]:
+def _distinct(prompts: pa.Table, order: Sequence[int], count: int, taken: tuple[int, ...], distinct: bool) -> tuple[list[int], set[int]]:
     """The first `count` of an order of which none is like one before it, or like one that is taken; and those passed over."""
     if not distinct:
         return list(order[:count]), set()
     look_at = 2 * count
     while True:
         head = [*taken, *order[:look_at]]
-        near = _alike(prompts["text"].take(pa.array(head, pa.int64())).combine_chunks())
+        class_of, like = _alike(prompts["text"].take(pa.array(head, pa.int64())).combine_chunks())
+        kept = set(class_of[: len(taken)])
         chosen: list[int] = []
         passed: set[int] = set()
-        kept = set(range(len(taken)))
-        for at in range(len(taken), len(head)):
+        for n, own in zip(head[len(taken) :], class_of[len(taken) :], strict=True):
             if len(chosen) == count:
                 break
-            if near[at] & kept:
-                passed.add(head[at])
+            if kept.isdisjoint(like[own]):
+                kept.add(own)
+                chosen.append(n)
             else:
-                kept.add(at)
-                chosen.append(head[at])
+                passed.add(n)
         if len(chosen) == count or look_at >= len(order):
             return chosen, passed
         look_at *= 4
 
 
-def _alike(texts: pa.Array) -> list[set[int]]:
-    """For every text which others are near-duplicates of it."""
-    found: list[set[int]] = [set() for _ in range(len(texts))]
-    if not len(texts):
-        return found
+def _alike(texts: pa.Array) -> tuple[list[int], dict[int, set[int]]]:
+    """The class of every text, those of one set of words in a row being one class; and of every class those like it, itself among them."""
     with tempfile.TemporaryDirectory() as folder:
         sketches = Sketches(Path(folder))
         sketches.add(sketch(words_of(texts)))
         near = sketches.pairs()
-    classes: dict[int, list[int]] = {}
-    for n, first in enumerate(near.first.tolist()):
-        classes.setdefault(first, []).append(n)
-    linked = [(a, b) for a, b in zip(near.a.tolist(), near.b.tolist(), strict=True)]
-    for a, b in [*((first, first) for first in classes), *linked]:
-        for x, y in itertools.product(classes[a], classes[b]):
-            if x != y:
-                found[x].add(y)
-                found[y].add(x)
-    return found
+    class_of = near.first.tolist()
+    like = {own: {own} for own in class_of}
+    for a, b in zip(near.a.tolist(), near.b.tolist(), strict=True):
+        like[a].add(b)
+        like[b].add(a)
+    return class_of, like
 
 
 # ------------------------------------------------------------------------------------------------------------- the dataset
@@ -378,21 +364,22 @@ class _MeasurePart:
         measured = measure_prompts(rollouts_of(pq.read_table(task["file"])), self.members)
         name = f"{task['part']:06d}"
         pq.write_table(measured.prompts, self.folder / f"{name}.prompts.parquet")
-        pq.write_table(rejects_table(measured.rejects), self.folder / f"{name}.rejects.parquet")
+        left_out = pa.table({"place": pa.array(measured.left_out, pa.int64()), "reason": pa.array(measured.left_out.values(), pa.string())})
+        pq.write_table(left_out, self.folder / f"{name}.left-out.parquet")
         return {"prompts": measured.prompts.num_rows}
 
 
 def _write_part(task: dict[str, Any], stage: str, parts: int, chosen: Mapping[str, Choice], measure: str) -> dict[str, Any]:
     """The rollouts of one part whose prompts were chosen, with the reason in their provenance; the others as rejects."""
     table = pq.read_table(task["file"])
-    unmeasured = pq.read_table(Path(stage) / "done" / "measured" / f"{task['part']:06d}.rejects.parquet")
-    why = dict(zip(unmeasured["row"].to_pylist(), unmeasured["reason"].to_pylist(), strict=True))
-    rows = list(zip(table["prompt_id"].to_pylist(), table["id"].to_pylist(), strict=True))
-    keep = np.array([_kept(chosen.get(name)) and row not in why for name, row in rows], bool)
+    unmeasured = pq.read_table(Path(stage) / "done" / "measured" / f"{task['part']:06d}.left-out.parquet").to_pylist()
+    why = {row["place"]: row["reason"] for row in unmeasured}
+    names = table["prompt_id"].to_pylist()
+    keep = np.array([n not in why and chosen[name].how in ("uncertain", "random") for n, name in enumerate(names)], bool)
+    ids = table["id"]
     rejects = [
-        _reject(row, why.get(row) or _not_chosen(chosen[name], len(chosen)))
-        for (name, row), kept in zip(rows, keep, strict=True)
-        if not kept
+        Rejected(source="rollouts", row=ids[n].as_py(), reason=why.get(n) or _not_chosen(chosen[names[n]], len(chosen)))
+        for n in np.flatnonzero(~keep).tolist()
     ]
     out = table.filter(pa.array(keep))
     provenance = [
@@ -404,10 +391,6 @@ def _write_part(task: dict[str, Any], stage: str, parts: int, chosen: Mapping[st
     leaves = write_part(Path(stage), task["part"], parts, out, ROLLOUT_SCHEMA)
     rejected = write_rejects(Path(stage), f"part-{task['part']:03d}.parquet", rejects_table(rejects))
     return {"rows_in": table.num_rows, "out": out.num_rows, "rejected": dict(rejected), "leaves": leaves}
-
-
-def _kept(choice: Choice | None) -> bool:
-    return choice is not None and choice.how in ("uncertain", "random")
 
 
 def _why(choice: Choice, prompts: int, measure: str) -> dict[str, str]:
