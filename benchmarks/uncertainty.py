@@ -7,7 +7,8 @@ A pool holds problems with two answers each. `decided`: one is right and one is 
 answers as the policy gave them; where both are right or both wrong the label is a tie, which costs as much and teaches nothing.
 
 Some prompts are labelled at random to start with, and an ensemble of small decoders from scratch is trained on them. Every arm then
-chooses as many more from the pool, and fresh models are trained on all labels. Judged by pair accuracy on problems that nobody has seen. An arm of one model uses the first of the ensemble. Every figure is a mean over seeds (of pool, start and models)
+chooses as many more from the pool, and fresh models are trained on all labels. Judged by pair accuracy on problems that
+nobody has seen. An arm of one model uses the first of the ensemble. Every figure is a mean over seeds (of pool, start and models)
 with a 95 % t-interval; `vs random` is the difference from the random arm of the same seed.
 """
 

@@ -121,10 +121,9 @@ def test_settings_beside_one_another_go_on_after_a_crash(name: str, changes: dic
     assert fit(settings, str(tmp_path / "broken")) == done
 
 
-@pytest.mark.parametrize("offload", [False, True])
-def test_recomputing_changes_no_bit(offload: bool, pairs: Dataset, tmp_path: Path) -> None:
+def test_recomputing_changes_no_bit(pairs: Dataset, tmp_path: Path) -> None:
     fit(settings_of(pairs), str(tmp_path / "plain"))
-    fit(settings_of(pairs, train=replace(TRAIN, recompute=True, offload=offload)), str(tmp_path / "again"))
+    fit(settings_of(pairs, train=replace(TRAIN, recompute=True)), str(tmp_path / "again"))
     assert equal(weights(tmp_path / "plain"), weights(tmp_path / "again"))
 
 
@@ -134,9 +133,12 @@ def test_adapters_that_would_all_be_frozen_are_refused(pairs: Dataset, tmp_path:
         fit(settings_of(pairs, lora=LORA, train=replace(TRAIN, freeze_layers=-1)), str(tmp_path))
 
 
-def test_offloading_what_is_not_kept_is_refused() -> None:
+def test_offloading_what_is_not_kept_or_already_there_is_refused(pairs: Dataset, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="offload=true is about what recompute=true keeps"):
         TrainSettings(offload=True)
+    if not torch.cuda.is_available():
+        with pytest.raises(SettingsError, match=r"there is no GPU(.|\n)*leave it out"):
+            fit(settings_of(pairs, train=replace(TRAIN, recompute=True, offload=True)), str(tmp_path))
 
 
 def test_a_run_with_another_of_the_new_settings_is_refused(pairs: Dataset, tmp_path: Path) -> None:

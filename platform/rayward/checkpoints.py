@@ -118,7 +118,7 @@ class Writer:
             raise self._failed.pop()
 
     def _write(self, target: Path, files: Mapping[str, Mapping[str, torch.Tensor]], state: str) -> None:
-        stage = sibling(target, "partial")
+        stage = target.with_name(f".{target.name}.partial")
         try:
             shutil.rmtree(stage, ignore_errors=True)
             stage.mkdir(parents=True)

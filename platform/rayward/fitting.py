@@ -364,6 +364,8 @@ def _for_training(loaded: Loaded, settings: FitSettings) -> Loaded:
             f"train.freeze_layers={settings.train.freeze_layers} leaves no layer where lora.rank={settings.lora.rank} could adapt one",
             "leave one of them out",
         )
+    if settings.train.offload and not torch.cuda.is_available():
+        raise SettingsError("train.offload=true moves activations from a GPU to the host, and there is no GPU", "leave it out")
     if settings.train.recompute:
         try:
             loaded.model.classifier.activation_checkpointing_enable({"use_reentrant": False}, offload=settings.train.offload)

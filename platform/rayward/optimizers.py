@@ -56,7 +56,7 @@ def head_parts(model: Any, head: str) -> tuple[str, ...]:
     """
     body = model.base_model
     prefix = next((f"{name}." for name, module in model.named_children() if module is body), "")
-    before = [name for name, module in model.named_children() if module is not body and name != head]
+    before = [name for name, module in model.named_children() if module is not body and name != head and any(True for _ in module.parameters())]
     return (head, *before, *(f"{prefix}{name}" for name, _ in body.named_children() if name == "pooler"))
 
 

@@ -5,7 +5,7 @@
 A member is a model of an ensemble, or a pass of Monte-Carlo dropout through one. What would be labelled of a prompt, its K places, is
 
     the order of two answers    by models of comparisons: every two answers, by the difference of their scores
-    right or wrong              by models of outcomes and steps: every answer, every step, by its score
+    right or wrong              by models of chances (outcomes, steps): every answer, every step, by its score
 
 since scores of comparisons are known up to a shift per prompt only. Members are brought to one scale by their temperatures, so that
 sigma(logit) is the chance that each gives. A prompt's uncertainty is the mean over its places.
@@ -37,6 +37,7 @@ from rayward.dataflow.recipe import announce, staged
 from rayward.errors import DataError, SettingsError
 from rayward.hygiene.near import Sketches, sketch
 from rayward.hygiene.texts import words_of
+from rayward.objectives import make_objective
 from rayward.progress import Progress
 from rayward.records import ROLLOUT_SCHEMA, Rejected, Rollout, prompt_id, rejects_table, rollouts_of
 from rayward.scoring import Scorer, dropping
@@ -45,7 +46,6 @@ from rayward.toy_world import seed_of
 
 Array = np.ndarray
 CHUNK = 4096  # rollouts that are held as records at a time, at least whole prompts
-POINTWISE = ("outcomes", "steps")  # labels whose scores mean something by themselves
 
 
 # ---------------------------------------------------------------------------------------------------------------- measures
@@ -162,10 +162,11 @@ class Members:
         kinds = set()
         for n, folder in enumerate(self.folders):
             scorer = Scorer.load(folder)
-            kinds.add((scorer.reads_steps, scorer.notes.get("labeler") not in POINTWISE))
+            kinds.add((scorer.reads_steps, _compares(scorer)))
             if len(kinds) > 1:
                 raise SettingsError(
-                    f"{folder} was trained on {scorer.notes.get('labeler')}, and {self.folders[0]} was not",
+                    f"{folder} was trained on {scorer.notes.get('labeler')} with {scorer.notes.get('objective')}, and its scores mean"
+                    f" something else than those of {self.folders[0]}",
                     "put models of one kind of label together",
                 )
             passes = self.settings.passes if self.settings.dropout else 1
@@ -185,6 +186,14 @@ class Members:
                 scores += scorer.score_rollouts(some)
             bar.advance(end - start)
         return [s if isinstance(s, Rejected) else np.array(s) / scorer.temperature for s in scores]
+
+
+def _compares(scorer: Scorer) -> bool:
+    """Whether scores mean something by their differences alone, as what they were trained with says."""
+    if scorer.reads_steps or not scorer.notes.get("objective"):
+        return not scorer.reads_steps
+    said = [scorer.notes.get(name) or "{}" for name in ("objective_settings", "regularise")]
+    return not make_objective(scorer.notes["objective"], *said).probabilities
 
 
 def whole_prompts(rollouts: Sequence[Rollout]) -> Iterator[tuple[int, int]]:
