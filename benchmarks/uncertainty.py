@@ -1,7 +1,7 @@
 """Does labelling what models disagree about beat labelling at random? The toy world, the same number of labels for all, several seeds.
 
-    python benchmarks/uncertainty.py            6 seeds, two pools; some 15 minutes on two cores; JSON on the last line
-    python benchmarks/uncertainty.py --quick    2 seeds, fewer labels
+    python benchmarks/uncertainty.py            6 seeds, two pools; a quarter of an hour each on two busy cores; JSON last
+    python benchmarks/uncertainty.py --quick    2 seeds, smaller ensembles
 
 A pool holds problems with two answers each. `decided`: one is right and one is wrong, so a label is a pair to learn from. `any`: two
 answers as the policy gave them; where both are right or both wrong the label is a tie, which costs as much and teaches nothing.
@@ -163,7 +163,7 @@ def summary(seeds: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 def main() -> None:
     """Run both pools, print a table each, and JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="2 seeds, fewer labels")
+    parser.add_argument("--quick", action="store_true", help="2 seeds, smaller ensembles")
     parser.add_argument("--workers", type=int, default=2, help="processes")
     parser.add_argument("--pool", choices=("decided", "any"), help="one pool alone")
     arguments = parser.parse_args()

@@ -23,6 +23,7 @@ class Settings:
     output: str  # folder for the rollouts
     sample: SampleSettings = SampleSettings()
     parts: int = 0  # parts the output is laid into, a power of two (0: by size)
+    actors: int = 0  # workers that draw on engine ray, each with a policy of its own (0: every core, or one where it is a model)
     engine: Engine = "auto"  # where the work runs
     overwrite: bool = False  # replace what OUTPUT holds
 
@@ -32,7 +33,7 @@ def main(settings: Settings) -> Dataset:
     toy = settings.problems.startswith("toy:")
     files = [] if toy else formats.find_files(settings.problems)
     recipe = Recipe.of("sample_rollouts", settings, *(formats.describe_file(path) for _, path in files))
-    return sampling.sample(recipe, settings.problems, settings.sample, settings.parts)
+    return sampling.sample(recipe, settings.problems, settings.sample, settings.parts, settings.actors)
 
 
 if __name__ == "__main__":

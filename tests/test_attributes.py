@@ -39,6 +39,7 @@ def test_every_attribute_is_judged_by_itself_on_what_was_rated() -> None:
         score, target = map(np.array, zip(*flat, strict=True))
         said = report.numbers["attributes"][name]
         assert said["ratings"] == len(flat)
+        assert "segments" not in said  # a rating of 1 is no certainty
         assert said["pearson"] == pytest.approx(np.corrcoef(score, target)[0, 1])
         assert said["rmse"] == pytest.approx(np.sqrt(np.mean((score - target) ** 2)))
         pairs = [

@@ -185,16 +185,29 @@ def stepped(width: int = 64) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     return model, optimizer
 
 
+def save(folder: Path, step: int, width: int = 64, error: Exception | None = None, most: int = 0) -> torch.nn.Module:
+    """Write a checkpoint, with an error at once after it began, or on a disk with room for files of `most` bytes."""
+    model, optimizer = stepped(width)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most or soft, hard))
+    try:
+        with Writer(folder) as writer:
+            writer.save(f"step-{step:08d}", model, optimizer, {"step": step})
+            if error is not None:
+                raise error
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    return model
+
+
 def test_an_error_while_a_checkpoint_is_written_leaves_it_whole(tmp_path: Path) -> None:
-    model, optimizer = stepped(1500)  # 27 MB: still being written when the error comes
-    with pytest.raises(Crash), Writer(tmp_path) as writer:
-        writer.save("step-00000001", model, optimizer, {"step": 1})
-        raise Crash
+    with pytest.raises(Crash):
+        save(tmp_path, 1, width=1500, error=Crash())  # 27 MB: still being written when the error comes
     [kept] = checkpoints.steps(tmp_path)
     other, its = stepped(1500)
     torch.nn.init.zeros_(other.weight)  # type: ignore[arg-type]
     assert checkpoints.load(kept, other, its)["step"] == 1
-    assert torch.equal(other.weight, model.weight)  # type: ignore[arg-type]
+    assert torch.equal(other.weight, stepped(1500)[0].weight)  # type: ignore[arg-type]
     assert not hidden(tmp_path)
 
 
@@ -213,27 +226,16 @@ def test_what_is_not_copied_is_the_same_on_disk(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(tmp_path: Path) -> None:
-    model, optimizer = stepped(300)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with Writer(tmp_path) as writer:
-        writer.save("step-00000001", model, optimizer, {"step": 1})
+    save(tmp_path, 1, width=300)
     with pytest.raises(RaywardError, match=r"step-00000002 cannot be written(.|\n)*make room(.|\n)*goes on from step-00000001"):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-        try:
-            with Writer(tmp_path) as writer:
-                writer.save("step-00000002", model, optimizer, {"step": 2})
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        save(tmp_path, 2, width=300, most=100_000)
     assert [p.name for p in checkpoints.steps(tmp_path)] == ["step-00000001"]
     assert not hidden(tmp_path)
 
 
 def test_both_errors_are_told_where_there_are_two(tmp_path: Path) -> None:
-    model, optimizer = stepped()
-    (tmp_path / "run").write_text("a file where a folder should be")
-    with pytest.raises(Crash) as caught, Writer(tmp_path / "run") as writer:
-        writer.save("step-00000001", model, optimizer, {"step": 1})
-        raise Crash
+    with pytest.raises(Crash) as caught:
+        save(tmp_path, 1, width=300, error=Crash(), most=100_000)
     assert "step-00000001 cannot be written" in caught.value.__notes__[0]
 
 
@@ -249,3 +251,131 @@ def test_what_a_killed_run_left_is_tidied_and_the_best_comes_back(tmp_path: Path
     Writer(tmp_path)
     assert checkpoints.read_state(tmp_path / "best") == {"step": 3}
     assert not hidden(tmp_path)
+
+
+# --------------------------------------------------------------------------------------------------------- kill -9 and Ctrl-C
+
+LONG = replace(TRAIN, epochs=100, log_every=5, validate_every=50, checkpoint_every=10, average=0.9)  # some 600 steps
+
+
+def job(pairs: Dataset, output: Path, *words: str) -> subprocess.Popen[str]:
+    """The command of `settings_of(pairs, train=LONG)`, as a process group of its own that Ctrl-C reaches."""
+    said = f"--examples {pairs.path} --output {output} --validation-share 0.2 --set net.width=32 --set render.max_length=128"
+    said += " --set batch.size=8 --set train.lr=2e-3 --set train.epochs=100 --set train.log_every=5 --set train.validate_every=50"
+    said += " --set train.checkpoint_every=10 --set train.average=0.9"
+    env = {**os.environ, "RAYWARD_STORE": str(output.parent / "store"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "jobs" / "train_reward_model.py"), *said.split(), *words]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def step_of(output: Path) -> int:
+    """The step of the last line of metrics."""
+    metrics = output / "run" / "metrics.jsonl"
+    whole = [line for line in metrics.read_text().splitlines() if line.endswith("}")] if metrics.exists() else []
+    return int(json.loads(whole[-1])["step"]) if whole else 0
+
+
+def wait_until(there: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    while process.poll() is None and not there():
+        time.sleep(0.005)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_run_killed_five_times_at_random_ends_with_the_same_weights(pairs: Dataset, tmp_path: Path) -> None:
+    fit(settings_of(pairs, train=LONG), str(tmp_path / "whole"))
+    output, rng = tmp_path / "killed", random.Random(0)
+    for _ in range(5):
+        process, begun, more = job(pairs, output), step_of(output), rng.randint(10, 90)
+        wait_until(lambda begun=begun, more=more: step_of(output) >= begun + more, process)  # type: ignore[misc]
+        time.sleep(rng.random() * 0.05)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+    process = job(pairs, output)
+    _, said = process.communicate()
+    assert process.returncode == 0, said
+    assert equal(weights(output), weights(tmp_path / "whole"))
+    assert lines(output) == lines(tmp_path / "whole")
+    assert not hidden(output)
+
+
+def worker_pids() -> list[int]:
+    """The training workers among the processes below this one."""
+    import psutil  # comes with ray
+
+    return [p.pid for p in psutil.Process().children(recursive=True) if "TrainWorker" in " ".join(p.cmdline())]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_worker_killed_five_times_at_random_changes_no_bit(ray_cluster: Any, pairs: Dataset, tmp_path: Path) -> None:
+    settings = settings_of(pairs, train=LONG, batch=BatchSettings(size=8, micro_tokens=400))
+    fit(settings, str(tmp_path / "whole"), workers=2)
+    output, rng, done = tmp_path / "killed", random.Random(0), threading.Event()
+    killed: list[int] = []
+
+    def kill() -> None:
+        due = rng.randint(11, 60)
+        while not done.wait(0.02) and len(killed) < 5:
+            if step_of(output) >= due and (pids := worker_pids()):
+                os.kill(rng.choice(pids), signal.SIGKILL)
+                killed.append(step_of(output))
+                due = killed[-1] + rng.randint(11, 60)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        fit(settings, str(output), workers=2)
+    finally:
+        done.set()
+        killer.join()
+    assert len(killed) == 5
+    assert equal(weights(output), weights(tmp_path / "whole"))
+    assert lines(output) == lines(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_ctrl_c_on_workers_keeps_the_step_and_the_same_command_goes_on(pairs: Dataset, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    process = job(pairs, output, "--workers", "2")
+    wait_until(lambda: step_of(output) >= 15, process)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate()
+    assert process.returncode == 130, said
+    step = checkpoints.read_state(checkpoints.steps(output / "run")[-1])["step"]
+    assert f"stopped: step {step} of" in said
+    assert step >= 15
+    process = job(pairs, output)  # on one worker, in a process
+    out, said = process.communicate()
+    assert process.returncode == 0, said
+    assert f"going on from step {step} of" in out
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_an_error_that_would_come_again_is_told_at_once(ray_cluster: Any, pairs: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(RaywardError, match=r"loss is nan at step 2(.|\n)*lower the learning rate"):
+        fit(settings_of(pairs, train=replace(TRAIN, lr=1e30)), str(tmp_path), workers=2)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_an_elastic_group_takes_what_there_is(ray_cluster: Any, pairs: Dataset, tmp_path: Path) -> None:
+    settings = settings_of(pairs)
+    fit(settings, str(tmp_path / "alone"))
+    from rayward.fitting import prepare
+
+    most = int(ray_cluster.cluster_resources()["CPU"]) + 2
+    prepare(settings, str(tmp_path / "elastic"), workers=most, least=1).train()
+    for here, there in zip(lines(tmp_path / "elastic"), lines(tmp_path / "alone"), strict=True):
+        assert here == pytest.approx(there, abs=1e-5)
+
+
+@pytest.mark.parametrize(("workers", "least"), [(2, 3), (1, 1), (2, -1)])
+def test_a_group_of_no_range_is_refused(workers: int, least: int, pairs: Dataset, tmp_path: Path) -> None:
+    from rayward.fitting import prepare
+
+    with pytest.raises(SettingsError, match=f"min_workers={least} and workers={workers} are no range"):
+        prepare(settings_of(pairs), str(tmp_path), workers, least)

@@ -92,7 +92,7 @@ def losses(entry: Objective, examples: list[Example], folder: Path) -> tuple[flo
 
     def loss() -> torch.Tensor:
         output_GKC = model.outputs(batch)
-        return entry.of(batch, model.reading.pick(output_GKC, batch.column_GK), output_GKC).mean()
+        return entry.of(batch, model.reading.pick(output_GKC, batch.column_GK), output_GKC, len(model.reading.attributes)).mean()
 
     before = loss().item()
     for _ in range(STEPS):

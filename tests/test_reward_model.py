@@ -374,3 +374,11 @@ def test_a_model_from_scratch_is_made_of_its_seed_and_its_words() -> None:
     few = tiny_model(examples, ModelSettings(width=32, words=20), 128, 0)
     assert len(few.tokenizer) == 20
     assert few.tokenizer.unk_token_id in few.tokenizer("largest of never seen ?")["input_ids"]
+
+
+def test_a_class_that_reads_its_own_way_has_its_head_in_float32_too() -> None:
+    model = wrapped("bert", "own", vocabulary=WORDS)
+    with torch.no_grad():
+        model.head.bias.fill_(3.0)  # near 3 bfloat16 knows every 64th
+    scores = np.concatenate(score_groups(model, mixed_groups(), BatchSettings(), "bf16"))
+    assert len(np.unique(scores)) > len(np.unique(torch.tensor(scores).bfloat16().float().numpy()))

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import distribute_tensor
 
 from rayward import adapters, checkpoints
 from rayward.adapters import LoraSettings
@@ -19,7 +20,7 @@ from rayward.batching import BatchSettings
 from rayward.objectives import make_objective
 from rayward.rendering import Groups
 from rayward.reward_model import ModelSettings, tiny_model
-from rayward.sharding import shard
+from rayward.sharding import clip, is_sharded, shard
 from rayward.training import Run, Team, TrainSettings, train
 from tiny import groups_on_disk, toy_examples
 
@@ -83,11 +84,12 @@ def together(world: int, folder: Path, work: Callable[[Team], None]) -> None:
 class Whole:
     """A run from beginning to end."""
 
-    def __init__(self, sides: tuple[Path, Path], folder: Path, rank: int = 0, best_by: Any = "loss", crash: int = 0):
-        self.sides, self.folder, self.rank, self.best_by, self.crash = sides, folder, rank, best_by, crash
+    def __init__(self, sides: tuple[Path, Path], folder: Path, rank: int = 0, crash: int = 0, held: bool = True, **settings: Any):
+        self.sides, self.folder, self.rank, self.crash, self.held, self.settings = sides, folder, rank, crash, held, settings
 
     def __call__(self, team: Team) -> None:
-        run = a_run(self.sides, self.folder, team, self.rank, train=replace(TRAIN, best_by=self.best_by))
+        run = a_run(self.sides, self.folder, team, self.rank, train=replace(TRAIN, **self.settings))
+        run = run if self.held else replace(run, validation=None)
 
         if not self.crash:
             train(run)
@@ -164,3 +166,41 @@ def test_a_worker_holds_its_share(sides: tuple[Path, Path], tmp_path: Path) -> N
     for rank in (0, 1):
         held, every = load_file(tmp_path / f"{rank}.safetensors")["held"].tolist()
         assert held < 0.55 * every
+
+
+class Clipped:
+    """Gradients of the same loss, clipped: spread over workers, and of the whole by torch itself."""
+
+    def __init__(self, sides: tuple[Path, Path], folder: Path):
+        self.sides, self.folder = sides, folder
+
+    def __call__(self, team: Team) -> None:
+        whole, spread = (a_run(self.sides, self.folder, t).model for t in (Team(), team))
+        for model in (whole, spread):
+            for name, p in model.classifier.named_parameters():
+                seed = sum(map(ord, name))
+                grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(seed))
+                p.grad = distribute_tensor(grad, p.device_mesh, p.placements) if is_sharded(p) else grad
+        clip(list(spread.parameters()), 0.5)
+        torch.nn.utils.clip_grad_norm_(whole.parameters(), 0.5)
+        for a, b in zip(spread.parameters(), whole.parameters(), strict=True):
+            torch.testing.assert_close(a.grad.full_tensor() if is_sharded(a) else a.grad, b.grad)
+
+
+def test_gradients_in_part_spread_are_clipped_by_their_common_norm(sides: tuple[Path, Path], tmp_path: Path) -> None:
+    together(2, tmp_path, Clipped(sides, tmp_path))
+
+
+OFTEN: dict[str, Any] = {"validate_every": 1, "checkpoint_every": 1000}  # a validation is followed by a step, and by no checkpoint
+
+
+def test_a_step_after_a_validation_is_taken_with_the_weights_and_not_with_their_average(sides: tuple[Path, Path], tmp_path: Path) -> None:
+    train(a_run(sides, tmp_path / "alone", Team(), train=replace(TRAIN, shard=False, **OFTEN)))
+    together(2, tmp_path, Whole(sides, tmp_path / "spread", **OFTEN))
+    for there, here in zip(lines(tmp_path / "alone"), lines(tmp_path / "spread"), strict=True):
+        assert here == pytest.approx(there, abs=1e-4)
+
+
+def test_without_validation_the_last_weights_are_what_is_left(sides: tuple[Path, Path], tmp_path: Path) -> None:
+    together(2, tmp_path, Whole(sides, tmp_path / "spread", held=False))
+    assert (tmp_path / "spread" / "last" / "model.safetensors").is_file()

@@ -1,4 +1,4 @@
-"""Uncertainty: the measures against their definitions, members that are the models they say, and a selection that adds up and is labelled."""
+"""Uncertainty: the measures by their definitions, members that are the models they say, a selection that adds up and can be labelled."""
 
 from __future__ import annotations
 
@@ -338,7 +338,7 @@ def test_a_run_that_was_stopped_measures_nothing_twice(
 def test_a_pool_without_two_answers_is_refused(models: dict[str, list[str]], tmp_path: Path) -> None:
     one = SampleSettings(answers=1)
     source = sample(Recipe("sample_rollouts", str(tmp_path / "one"), one, [], "local"), "toy:5", one)
-    with pytest.raises(DataError, match="no prompt of .* can be measured"):
+    with pytest.raises(DataError, match=r"no prompt of .* can be measured"):
         selected(source, models["pairs"], tmp_path / "next")
 
 

@@ -124,7 +124,8 @@ def attend(
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    wanted = [name for name in ("dropout", "softcap", "position_bias", "s_aux") if kwargs.pop(name, None)]
+    given = {name: kwargs.pop(name, None) for name in ("dropout", "softcap", "position_bias", "s_aux")}
+    wanted = [name for name, value in given.items() if value is not None and (isinstance(value, Tensor) or value)]
     if wanted:
         raise ValueError(f"attention over segments has no {', '.join(wanted)}")
     query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves rotated ones in float32

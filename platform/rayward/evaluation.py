@@ -104,8 +104,8 @@ def evaluate(
     return Report({**head, **report.numbers}, report.plots, report.worst), rows
 
 
-def judge(examples: Sequence[Example], scores: metrics.Scores) -> Report:
-    """Everything that can be said of these scores."""
+def judge(examples: Sequence[Example], scores: metrics.Scores, ratings: bool = False) -> Report:
+    """Everything that can be said of these scores; `ratings` are no chances, also where they lie between 0 and 1."""
     numbers: dict[str, Any] = {"prompts": len({e.prompt for e in examples})}
     plots: dict[str, str] = {}
     worst: list[dict[str, Any]] = []
@@ -128,7 +128,7 @@ def judge(examples: Sequence[Example], scores: metrics.Scores) -> Report:
         tau = metrics.kendall_tau(examples, scores)
         if tau == tau:
             numbers["kendall_tau"] = tau
-    segmented = [n for n, e in enumerate(examples) if _has_probabilities(e)]
+    segmented = [] if ratings else [n for n, e in enumerate(examples) if _has_probabilities(e)]
     if segmented:
         part, part_scores = [examples[n] for n in segmented], [scores[n] for n in segmented]
         numbers["segments"] = _segments(part, part_scores)
@@ -140,6 +140,7 @@ def _judge_attributes(examples: Sequence[Example], scores: metrics.Scores) -> Re
     """What can be said of every attribute by itself, of the answers that were rated on it."""
     numbers: dict[str, Any] = {"prompts": len({e.prompt for e in examples}), "attributes": {}}
     plots: dict[str, str] = {}
+    worst: list[dict[str, Any]] = []
     for name in dict.fromkeys(name for e in examples for name in e.attributes):
         part: list[Example] = []
         part_scores: list[tuple[float, ...]] = []
@@ -148,11 +149,12 @@ def _judge_attributes(examples: Sequence[Example], scores: metrics.Scores) -> Re
                 part.append(rated[0])
                 part_scores.append(tuple(score[k] for k in rated[1]))
         if part:
-            said = judge(part, part_scores)
+            said = judge(part, part_scores, ratings=True)
             flat = [np.array([v for values in every for v in values], float) for every in (part_scores, [e.targets for e in part])]
             numbers["attributes"][name] = {**metrics.rating_agreement(*flat), **said.numbers}
             plots |= {f"{name}: {title}": plot for title, plot in said.plots.items()}
-    return Report(numbers, plots, [])
+            worst += said.worst
+    return Report(numbers, plots, sorted(worst, key=lambda w: w["gap"])[:5])
 
 
 def _rated_on(example: Example, name: str) -> tuple[Example, list[int]] | None:

@@ -210,7 +210,7 @@ def prepare(settings: FitSettings, output: str, workers: int = 1, least: int = 0
         raise SettingsError(f"workers={workers} cannot train", "1 trains in this process, more on Ray Train workers")
     if not 0 <= least <= workers or (least and workers == 1):
         raise SettingsError(
-            f"min_workers={least} is no fewer than workers={workers}", "give the most as --workers, the fewest as --min-workers"
+            f"min_workers={least} and workers={workers} are no range", "give the most as --workers, the fewest as --min-workers"
         )
     folder = Path(output).absolute()
     sides = open_sides(settings.examples, settings.validation_share)
@@ -222,6 +222,8 @@ def prepare(settings: FitSettings, output: str, workers: int = 1, least: int = 0
     groups = Groups(folder / "groups" / "train")
     _check_head(settings.objective, objective, loaded.model.reading)
     _check_targets(settings.objective, objective, groups)
+    if settings.train.patience and _held_groups(folder) is None:
+        raise SettingsError("train.patience counts validations, and nothing is held out", "--validation-share 0.05, or leave patience out")
     if loaded.model.pooling != "last" and groups.has_steps():
         raise SettingsError(
             f"pooling={loaded.model.pooling} gives one score to a whole answer, and these examples have a target for every step",
@@ -473,7 +475,7 @@ def _ended(run: Run) -> bool:
     """Whether a run has come to its end, and what is left of it is on disk."""
     kept = checkpoints.steps(run.folder)
     state = checkpoints.read_state(kept[-1]) if kept else {"step": 0}
-    whole = not run.train.shard or run.train.best_by != "last" or (run.folder / "last").is_dir()
+    whole = not run.writes_last or (run.folder / "last").is_dir()
     return (state["step"] == run.total or over(state, run.train)) and whole
 
 

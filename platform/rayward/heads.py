@@ -9,9 +9,9 @@
     attributes   A  one per attribute         their weighted mean
     debiased     2  quality, length           quality: what the answer's length explains is left behind (ODIN, arXiv 2402.07319)
 
-A head is linear, or has a hidden layer (`layers=2`). It can start from rows of a language model's output layer (`token_rows`): with two
-classes, tokens "+ -" and the loss on these two logits alone it is the process reward model of Math-Shepherd (arXiv 2312.08935, eq. 2).
-With `scalar` and one token the score starts as that token's logit, as in the verifier of Cobbe et al. (2021, arXiv 2110.14168, appendix E):
+A head is linear, or has a hidden layer (`layers=2`). It can start from rows of a language model's output layer (`start_from_rows`): with
+two classes, tokens "+ -" and the loss on these two logits alone it is the process reward model of Math-Shepherd (arXiv 2312.08935, eq. 2).
+With `scalar` and one token the score starts as that token's logit, as in the verifier of Cobbe et al. (2021, arXiv 2110.14168):
 their gain is the length of the row, and their bias is the same for every answer.
 
 >>> import torch
@@ -94,7 +94,8 @@ def _three_class(output_GKC: Tensor, reading: Reading) -> Tensor:
 
 
 def _weighted_mean(output_GKC: Tensor, reading: Reading) -> Tensor:
-    return (output_GKC * output_GKC.new_tensor(reading.weights)).sum(-1)  # no matrix product: autocast would round it
+    weighed = [w * output_GKC[..., n] for n, w in enumerate(reading.weights)]  # no matrix product: autocast would round it
+    return torch.stack(weighed, -1).sum(-1)
 
 
 KINDS: dict[str, Kind] = {

@@ -1,6 +1,7 @@
 """What moves weights, and how fast: learning-rate schedules, parameter groups, an average of the weights.
 
-Everything is a function of the step and the settings, so a run that is resumed needs nothing but the step and the optimizer's moments.
+Everything is a function of the step and the settings, so a run that is resumed needs nothing but the step, the optimizer's
+moments, and the average where there is one.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from rayward.sharding import LISTS, is_sharded
+from rayward.sharding import LISTS, is_sharded, reshard
 
 Schedule = Literal["cosine", "linear", "constant", "wsd"]
 FLOOR = 0.05  # of the peak learning rate, where a schedule ends
@@ -35,11 +36,12 @@ def lr_share(step: int, total: int, warmup: float, schedule: Schedule) -> float:
     if step < rise:
         return (step + 1) / rise
     along = (step - rise) / max(1, total - rise)
+    stable = max(rise, (1 - DECAY) * total)  # until here wsd is constant
     fall = {
         "cosine": 0.5 * (1 + math.cos(math.pi * along)),
         "linear": 1 - along,
         "constant": 1.0,
-        "wsd": 1.0 - max(0.0, (step - (1 - DECAY) * total) / max(1.0, DECAY * total)),
+        "wsd": 1.0 - max(0.0, (step - stable) / max(1.0, total - stable)),
     }[schedule]
     return FLOOR + (1 - FLOOR) * fall
 
@@ -56,7 +58,9 @@ def head_parts(model: Any, head: str) -> tuple[str, ...]:
     """
     body = model.base_model
     prefix = next((f"{name}." for name, module in model.named_children() if module is body), "")
-    before = [name for name, module in model.named_children() if module is not body and name != head and any(True for _ in module.parameters())]
+    before = [
+        name for name, module in model.named_children() if module is not body and name != head and any(True for _ in module.parameters())
+    ]
     return (head, *before, *(f"{prefix}{name}" for name, _ in body.named_children() if name == "pooler"))
 
 
@@ -108,6 +112,7 @@ class Average:
         self.decay = decay
         self.live = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.mean = {name: p.detach().clone() for name, p in self.live.items()}
+        self.model = model
 
     @torch.no_grad()
     def update(self, done: int) -> None:
@@ -137,3 +142,4 @@ class Average:
             own = parameter.detach().clone()
             parameter.copy_(self.mean[name])
             self.mean[name].copy_(own)
+        reshard(self.model)

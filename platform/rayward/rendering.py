@@ -6,7 +6,8 @@
 
 Every token id is produced once: a text is rendered by the tokenizer's chat template where it has one and plainly where not, cut into
 the prompt and what follows it, and each piece is tokenized without special tokens being added (so no doubled BOS). A place is the
-last token of its segment, computed from character offsets and lengths, never searched by token id (pad == eos does not matter).
+last token of its segment, computed from character offsets and lengths, not searched by token id (pad == eos does not matter); a step tag
+is, after it was checked to be one token.
 
 Training, batch scoring, pyfunc and HTTP all come through here, so they see the same ids.
 """

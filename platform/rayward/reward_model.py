@@ -16,9 +16,10 @@ from __future__ import annotations
 import inspect
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -99,10 +100,11 @@ class RewardModel(nn.Module):
                 f"pooling={self.pooling} needs a linear head, and {type(classifier).__name__} has a {type(self.head).__name__}",
                 "use --set net.pooling=own",
             )
-        if plain:
-            if self.pooling != "own":
-                _check_width(self.head, self.pooling, classifier.config)
-            self.head.float()
+        self.head.float()
+        if self.pooling == "own":
+            self.head.forward = partial(_in_float32, self.head.forward)
+        else:
+            _check_width(self.head, self.pooling, classifier.config)
         self.train(classifier.training)
 
     @property
@@ -153,9 +155,17 @@ class RewardModel(nn.Module):
         """Dropout off and no gradients inside, and the mode it was in after."""
         was = self.training
         self.eval()
-        with torch.inference_mode():
-            yield
-        self.train(was)
+        try:
+            with torch.inference_mode():
+                yield
+        finally:
+            self.train(was)
+
+
+def _in_float32(forward: Callable[..., Tensor], hidden: Tensor, *more: Any, **named: Any) -> Tensor:
+    """A class's own head as ours are: in float32, whatever the body is in."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return forward(hidden.float(), *more, **named)
 
 
 def autocast(device: torch.device, precision: Literal["auto", "fp32", "bf16"]) -> Any:

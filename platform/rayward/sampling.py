@@ -36,7 +36,7 @@ from rayward.formats import Piece, Unreadable, as_prompt, decode, find_files, ke
 from rayward.grading import Verdict, check_gold, grader_version, make_grader, verdict
 from rayward.labels.judgements import reject
 from rayward.montecarlo import gold_of
-from rayward.policies import POLICIES, Completion, Policy, Request, make_policy, stream
+from rayward.policies import POLICIES, Completion, Policy, Request, gpus_of, make_policy, stream
 from rayward.progress import Progress
 from rayward.records import BadRecord, Message, Prompt, Rejected, Rollout, check_text, rejects_table, rollouts_of, rollouts_table
 from rayward.storage import Dataset
@@ -97,8 +97,12 @@ def toy_problem(index: int, world: ToyWorld, seed: int) -> Problem:
     return Problem(f"toy-{seed}-{index}", (Message("user", world.question(numbers)),), str(max(numbers)))
 
 
-def sample(recipe: Recipe, problems: str, settings: SampleSettings, parts: int = 0) -> Dataset:
-    """Rollouts of `problems`: a file or folder of rows with prompt and gold, or `toy:N` (N problems of the toy world)."""
+def sample(recipe: Recipe, problems: str, settings: SampleSettings, parts: int = 0, actors: int = 0) -> Dataset:
+    """Rollouts of `problems`: a file or folder of rows with prompt and gold, or `toy:N` (N problems of the toy world).
+
+    On Ray `actors` workers draw, each with a policy of its own; 0: a task at a time on every core, but one worker where the policy is a
+    model in its process.
+    """
     produce = partial(_sample_chunk, settings)
     tasks: list[dict[str, Any]]
     toy = re.fullmatch(r"toy:(\d+)(?::(\d+))?", problems)
@@ -115,7 +119,8 @@ def sample(recipe: Recipe, problems: str, settings: SampleSettings, parts: int =
         tasks = [task for name, path in files for piece in pieces(name, path, piece_bytes=2**20) for task in _tasks(piece)]
         size = sum(source_bytes(path) for _, path in files)
     size *= settings.answers + settings.continued * settings.continuations * 4  # a guess: an answer as long as its problem, of 4 steps
-    return dataflow.ingest(recipe, tasks, produce, unit="chunks", size=size, parts=parts)
+    gpus = gpus_of(settings.policy)
+    return dataflow.ingest(recipe, tasks, produce, unit="chunks", size=size, parts=parts, actors=actors or int(gpus != 0), gpus=gpus)
 
 
 def _tasks(piece: Piece) -> list[dict[str, Any]]:

@@ -41,6 +41,13 @@ def shard(body: nn.Module, device: torch.device, bf16: bool) -> None:
             module.set_force_sum_reduction_for_comms(True)  # gloo scales nothing while it adds
 
 
+def reshard(model: nn.Module) -> None:
+    """Drop what was gathered of weights that have changed since: after a forward without a backward pass torch keeps some of them whole."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Whether a tensor is spread over workers."""
     return isinstance(tensor, DTensor)

@@ -156,7 +156,7 @@ class Rules:
 
     def __post_init__(self) -> None:
         if self.halve == 1 or self.halve < 0:
-            raise ValueError(f"halve={self.halve} keeps all trials: 3 keeps a third at every rung, 0 ends none early")
+            raise SettingsError(f"halve={self.halve} ends no trial early", "3 lets the best third go on at every rung, 0 all of them")
 
     def better(self, a: float, b: float) -> bool:
         """Whether a value is better than another."""

@@ -192,6 +192,11 @@ class Run:
         """Steps of the whole run."""
         return self.train.epochs * math.ceil(len(self.groups) / self.batch.size)
 
+    @property
+    def writes_last(self) -> bool:
+        """Whether the last weights are put together at the end: the shares of a spread model are no weights to load elsewhere."""
+        return self.train.shard and (self.train.best_by == "last" or self.validation is None)
+
     def every(self, given: int, times: int, least: int = 1) -> int:
         """A period in steps: as given, or so that it comes so many times a run."""
         return given or max(least, math.ceil(self.total / times))
@@ -205,7 +210,7 @@ def train(run: Run) -> dict[str, Any]:
     state = _resume(run, optimizer, average)
     with checkpoints.Writer(run.folder, team.rank, team.sharded) as writer:
         _steps(run, optimizer, average, state, writer)
-        if team.sharded and settings.best_by == "last":  # shares are no weights to load elsewhere
+        if run.writes_last:
             with average.in_place() if average is not None else nullcontext():
                 writer.save("last", model.classifier, None, {"step": state["step"]})
     return state
@@ -315,7 +320,7 @@ def _step(run: Run, optimizer: torch.optim.Optimizer, parameters: list[torch.nn.
         with autocast(model.device, settings.precision):
             output_GKC = model.outputs(batch)
         score_GK = model.reading.pick(output_GKC, batch.column_GK)
-        loss_G = run.objective.of(batch, score_GK, output_GKC)
+        loss_G = run.objective.of(batch, score_GK, output_GKC, len(model.reading.attributes))
         total = (loss_G * batch.weight_G).sum() * mine
         (total / weight).backward()
         if not mine:
@@ -344,7 +349,7 @@ def validate(run: Run) -> dict[str, float]:
                 if not mine:
                     continue
                 score_GK = model.reading.pick(output_GKC, batch.column_GK)
-                loss_G = run.objective.of(batch, score_GK, output_GKC)
+                loss_G = run.objective.of(batch, score_GK, output_GKC, len(model.reading.attributes))
                 loss += Mean(float((loss_G * batch.weight_G).sum()), float(batch.weight_G.sum()))
                 said = (score_GK, batch.target_GK, batch.mask_GK, batch.column_GK)
                 right += run.objective.right(*(t.cpu().numpy() for t in said))

@@ -31,8 +31,21 @@ CHUNK_ROWS = 10_000  # rollouts that are held as records at a time
 Produce = Callable[[dict[str, Any]], Iterator[list[Rollout] | Rejected | pa.Table]]
 
 
-def ingest(recipe: Recipe, tasks: Sequence[dict[str, Any]], produce: Produce, *, unit: str, size: int, parts: int = 0) -> Dataset:
-    """Rollouts of all tasks as a dataset in `parts` parts (0: by `size`, the bytes there are to read)."""
+def ingest(
+    recipe: Recipe,
+    tasks: Sequence[dict[str, Any]],
+    produce: Produce,
+    *,
+    unit: str,
+    size: int,
+    parts: int = 0,
+    actors: int = 0,
+    gpus: float = 0.0,
+) -> Dataset:
+    """Rollouts of all tasks as a dataset in `parts` parts (0: by `size`, the bytes there are to read).
+
+    `actors` and `gpus` are for those who produce (engine.run); what is produced is put together on CPUs.
+    """
     if parts and (parts < 0 or LEAVES % parts):
         raise SettingsError(f"parts={parts} is not a power of two up to {LEAVES}", "leave it out: 0 goes by size")
     if recipe.already_made():
@@ -42,7 +55,7 @@ def ingest(recipe: Recipe, tasks: Sequence[dict[str, Any]], produce: Produce, *,
         lay = partial(_lay_out, produce=produce, stage=str(stage), parts=parts)
         numbered = [{"number": number, "task": task} for number, task in enumerate(tasks)]
         how: dict[str, Any] = {"engine": recipe.engine, "size": size}
-        laid = run(numbered, lambda: lay, what=recipe.made_by, unit=unit, done=stage / "done" / "lay-out", **how)
+        laid = run(numbered, lambda: lay, what=recipe.made_by, unit=unit, done=stage / "done" / "lay-out", actors=actors, gpus=gpus, **how)
         counts = sum((Counts(d["rows_in"], d["used"], d["rejected"]) for d in laid), Counts())
         join = partial(_join_part, stage=str(stage), parts=parts)
         joined = run([{"part": p} for p in range(parts)], lambda: join, what="sort", unit="parts", done=stage / "done" / "join", **how)

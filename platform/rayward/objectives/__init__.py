@@ -43,7 +43,6 @@ from rayward.batching import ANSWERS, Batch
 from rayward.config import choose, parse_settings
 from rayward.errors import SettingsError
 from rayward.objectives.comparisons import adjacent, bradley_terry, debiased, focal, hinge, margin, ranknet, scaled, vote_share
-from rayward.objectives.places import better
 from rayward.objectives.pointwise import binary_cross_entropy, squared_error, three_class
 from rayward.objectives.rankings import lambdarank, listnet, pick_best, plackett_luce, q_ranking
 from rayward.objectives.regularisers import REGULARISERS
@@ -66,12 +65,12 @@ class Objective:
     whole: bool = False  # an example's loss depends on the examples of its micro-batch
     terms: Mapping[str, float] = field(default_factory=dict)  # regularisers and their weights
 
-    def of(self, batch: Batch, score_GK: Tensor, output_GKC: Tensor) -> Tensor:
-        """loss_G of what a model said of a batch."""
+    def of(self, batch: Batch, score_GK: Tensor, output_GKC: Tensor, attributes: int = 0) -> Tensor:
+        """loss_G of what a model said of a batch; `attributes` are how many of the outputs have names."""
         named = inspect.signature(self.loss).parameters
         given = {name: _given(name, batch, output_GKC) for name in GIVEN if name in named}
-        if self.compares and not self.head and output_GKC.shape[-1] > 1:
-            loss_G = self._by_column(batch, score_GK, given, output_GKC.shape[-1])
+        if self.compares and attributes > 1:
+            loss_G = self._by_column(batch, score_GK, given, attributes)
         else:
             loss_G = self.loss(score_GK, batch.target_GK, batch.mask_GK, **given)
         for name, weight in self.terms.items():
@@ -88,7 +87,7 @@ class Objective:
         total_G, count_G = torch.zeros_like(score_GK[..., 0]), torch.zeros_like(score_GK[..., 0])
         for column in range(-1, columns):
             mask_GK = batch.mask_GK & (batch.column_GK == column)
-            compared_G = better(batch.target_GK, mask_GK).any(-1).any(-1)
+            compared_G = mask_GK.sum(-1) > 1
             loss_G = self.loss(score_GK, batch.target_GK, mask_GK, **given)
             total_G, count_G = total_G + torch.where(compared_G, loss_G, 0.0), count_G + compared_G
         return total_G / count_G.clamp(min=1)
@@ -153,11 +152,13 @@ def make_objective(name: str, settings: str = "{}", regularise: str = "{}") -> O
 
 
 def _check_setting(what: str, value: Any, default: Any) -> None:
-    """A setting is a switch or a number from 0 up, as its default is; a temperature divides."""
-    switch = isinstance(default, bool)
-    fits = isinstance(value, bool) == switch and isinstance(value, int | float) and 0 <= value < math.inf
-    if not fits or (what.endswith("temperature") and value == 0):
-        raise SettingsError(f"{what}={value!r} is not {'true or false' if switch else 'a number from 0 up'}", f"e.g. {json.dumps(default)}")
+    """A setting is a switch or a number from 0 up, as its default is; a temperature divides, much smoothing teaches the opposite."""
+    switch, name = isinstance(default, bool), what.rpartition(" ")[2]
+    most = 0.5 if name == "smoothing" else math.inf
+    fits = isinstance(value, bool) == switch and isinstance(value, int | float) and 0 <= value < most
+    if not fits or (name == "temperature" and value == 0):
+        wanted = "true or false" if switch else "a number from 0 up" + (f" and below {most:g}" if most < math.inf else "")
+        raise SettingsError(f"{what}={value!r} is not {wanted}", f"e.g. {json.dumps(default)}")
 
 
 def settings_of(loss: Loss) -> dict[str, Any]:

@@ -81,11 +81,15 @@ def lambdarank(score_GK: Tensor, target_GK: Tensor, mask_GK: Tensor) -> Tensor:
     scores do not compare, so keep weights by accuracy (`train.best_by`). Mistakes near the top weigh most. Shift-invariant.
     """
     pair_GKK = better(target_GK, mask_GK)
-    gain_GK = 2.0 ** _level(target_GK, mask_GK).to(score_GK.dtype) - 1
+    level_GK = _level(target_GK, mask_GK).to(torch.float32)
+    top_G1 = level_GK.amax(-1, keepdim=True)
+    gain_GK = torch.where(mask_GK, 2.0 ** (level_GK - top_G1) - 2.0**-top_G1, 0.0).to(
+        score_GK.dtype
+    )  # over 2^top, which the quotient drops
     discount_GK = 1 / (1 + rank(score_GK, target_GK, mask_GK)).to(score_GK.dtype).log2()
     at_K = torch.arange(2, score_GK.shape[-1] + 2, device=score_GK.device).to(score_GK.dtype)
     ideal_G = (gain_GK.sort(-1, descending=True).values / at_K.log2()).sum(-1)
-    moved_GKK = (gaps(gain_GK, mask_GK) * gaps(discount_GK, mask_GK)).abs() / ideal_G.clamp(min=1)[..., None, None]
+    moved_GKK = (gaps(gain_GK, mask_GK) * gaps(discount_GK, mask_GK)).abs() / ideal_G.clamp(min=1e-6)[..., None, None]
     loss_GKK = moved_GKK * F.softplus(-gaps(score_GK, mask_GK))
     return loss_GKK.where(pair_GKK, loss_GKK.new_zeros(())).sum((-1, -2))
 
