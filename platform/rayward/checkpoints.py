@@ -221,7 +221,8 @@ def read_state(path: Path) -> dict[str, Any]:
 def _damaged(path: Path, error: Exception) -> DataError:
     if isinstance(error, DataError):
         return error
-    return DataError(f"checkpoint {path} cannot be read: {error}", "delete that folder; the run goes on from the one before")
+    newest = "" if path.name.startswith("step-") else " and the newest step-* beside it"
+    return DataError(f"checkpoint {path} cannot be read: {error}", f"delete that folder{newest}; the run goes on from the one before")
 
 
 def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:

@@ -240,7 +240,7 @@ def _nest(dotted: Mapping[str, Any]) -> dict[str, Any]:
     return nested
 
 
-def parse_settings(text: str, what: str) -> dict[str, Any]:
+def parse_settings(text: str, what: str, example: str = '{"temperature": 0.7}') -> dict[str, Any]:
     """The settings of something pluggable from JSON text, the form in which commands and manifests have them.
 
     >>> parse_settings('{"slip": 0.3}', "policy_settings")
@@ -250,13 +250,13 @@ def parse_settings(text: str, what: str) -> dict[str, Any]:
     rayward.errors.SettingsError: policy_settings='[1]' is not a JSON object of settings
       -> write e.g. policy_settings={"temperature": 0.7}
     """
-    example = f'write e.g. {what}={{"temperature": 0.7}}'
+    way_out = f"write e.g. {what}={example}"
     try:
         settings = json.loads(text)
     except ValueError as error:
-        raise SettingsError(f"{what}={text!r} is not JSON: {error}", example) from None
+        raise SettingsError(f"{what}={text!r} is not JSON: {error}", way_out) from None
     if not isinstance(settings, dict):
-        raise SettingsError(f"{what}={text!r} is not a JSON object of settings", example)
+        raise SettingsError(f"{what}={text!r} is not a JSON object of settings", way_out)
     return settings
 
 

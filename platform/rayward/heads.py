@@ -120,7 +120,7 @@ def make_reading(kind: str, layers: int = 1, attributes: Sequence[str] = (), wei
     names = entry.names or tuple(attributes)
     if not names:
         raise SettingsError("head=attributes needs examples with named targets", "label them: rayward run label_attributes ...")
-    given = parse_settings(weights, "attribute_weights")
+    given = parse_settings(weights, "attribute_weights", '{"helpful": 2}')
     unknown = sorted(set(given) - set(names))
     if given and (entry.names or unknown):
         said = f"the attributes are {', '.join(names)}" if not entry.names else f"head={kind} has none"

@@ -63,7 +63,7 @@ class ModelSettings:
             choose(heads.KINDS, self.head, "head")
         if self.head_layers not in (1, 2):
             raise ValueError(f"head_layers={self.head_layers} must be 1 or 2")
-        parse_settings(self.attribute_weights, "attribute_weights")
+        parse_settings(self.attribute_weights, "attribute_weights", '{"helpful": 2}')
 
 
 class Traits(NamedTuple):

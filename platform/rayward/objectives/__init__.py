@@ -138,7 +138,8 @@ def make_objective(name: str, settings: str = "{}", regularise: str = "{}") -> O
     """
     entry = choose(OBJECTIVES, name, "objective")
     made = entry if isinstance(entry, Objective) else Objective(entry, metrics.order_accuracy)
-    given, terms = parse_settings(settings, "objective_settings"), parse_settings(regularise, "regularise")
+    given = parse_settings(settings, "objective_settings", '{"margin": 1}')
+    terms = parse_settings(regularise, "regularise", '{"centre": 0.01}')
     able = settings_of(made.loss)
     if unknown := [n for n in given if n not in able]:
         raise SettingsError(f"objective={name} has no setting {', '.join(unknown)}", f"it has: {', '.join(able) or 'none'}")
