@@ -54,6 +54,10 @@ def main(settings: Settings) -> Report:
             registry.tag(row["name"], row["version"], {**found, f"{short} run": run.id})
     for number, value in report.headline.items():
         print(f"{number:<24} {value:.4f}")
+    left = ", ".join(f"{reason} {n:,}" for reason, n in report.numbers["left_out"].items())
+    print(
+        f"scored {report.numbers['examples_scored']:,} of {report.numbers['examples_in']:,} examples{f'; left out: {left}' if left else ''}"
+    )
     print(f"report: {folder / 'report.html'}")
     return report
 

@@ -141,7 +141,7 @@ def test_budgets_count_the_pilot(folder: Path) -> None:
 
 def test_without_a_wrong_answer_there_is_no_pilot(tmp_path: Path) -> None:
     dataset([r for r in answers(10, 1) if r.correct], tmp_path / "rollouts")
-    assert "no wrong answer in the pilot" in done(label(tmp_path, "steps", *AUTO)).err
+    assert "no wrong answer of three steps or more" in done(label(tmp_path, "steps", *AUTO)).err
     assert not DRAWN
     assert made(tmp_path, "steps").manifest.used
 

@@ -29,8 +29,13 @@ class LoraSettings:
     bits: int = 16  # 4: the frozen body in 4-bit NormalFloat, to fit a large one (QLoRA)
 
     def __post_init__(self) -> None:
-        if self.rank < 0 or self.alpha < 0 or not 0 <= self.dropout < 1:
-            raise ValueError(f"rank={self.rank}, alpha={self.alpha}, dropout={self.dropout}: not an adapter")
+        for name, fits, wanted in (
+            ("rank", self.rank >= 0, "at least 0"),
+            ("alpha", self.alpha >= 0, "at least 0"),
+            ("dropout", 0 <= self.dropout < 1, "from 0 up and below 1"),
+        ):
+            if not fits:
+                raise ValueError(f"{name}={getattr(self, name)} must be {wanted}")
         if not self.rank and (self.alpha, self.dropout, self.targets, self.bits) != (0.0, 0.0, "all-linear", 16):
             raise ValueError("alpha, dropout, targets and bits are about adapters, and rank=0 means none")
         if self.bits not in (4, 16):

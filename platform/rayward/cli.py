@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from rayward.config import guarded, suggest
+from rayward.config import guarded, public, suggest
 from rayward.errors import SettingsError
 
 app = typer.Typer(
@@ -184,7 +184,8 @@ def show_model(
         print(f"\n{title}")
         for key, value in sorted(values.items()):
             print(f"  {key:<34} {value if isinstance(value, str) else round(value, 4)}")
-    print(f'\nload it\n  mlflow.pyfunc.load_model("models:/{row["name"]}/{row["version"]}").predict(rows)')
+    print(f'\nload it\n  mlflow.set_tracking_uri("{public(registry.tracking_uri())}")')
+    print(f'  mlflow.pyfunc.load_model("models:/{row["name"]}/{row["version"]}").predict(rows)')
 
 
 @models_app.command()

@@ -222,6 +222,11 @@ def prepare(settings: FitSettings, output: str, workers: int = 1, least: int = 0
     groups = Groups(folder / "groups" / "train")
     _check_head(settings.objective, objective, loaded.model.reading)
     _check_targets(settings.objective, objective, groups)
+    if sides.labeler in ("outcomes", "steps") and settings.objective == "squared_error":
+        raise SettingsError(
+            f"objective=squared_error would learn the chances of {sides.labeler} themselves, and scores of them are read as logits",
+            "use binary_cross_entropy, which learns the same chances",
+        )
     if settings.train.patience and _held_groups(folder) is None:
         raise SettingsError("train.patience counts validations, and nothing is held out", "--validation-share 0.05, or leave patience out")
     if loaded.model.pooling != "last" and groups.has_steps():

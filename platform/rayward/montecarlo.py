@@ -150,8 +150,10 @@ def label_steps(recipe: Recipe, source: Dataset, settings: StepSampling, log: st
     spent, counts = VerdictLog(folder).spent(), Counter[str]()
     for file in sorted((folder / "tally" / name).glob("*.json")):
         counts += Counter(json.loads(file.read_text(encoding="utf-8")))
-    said = ", ".join(f"{name} {n:,}" for name, n in counts.items())
-    print(f"{folder}: {spent.requests:,} completions and {spent.tokens:,} tokens so far; verdicts: {said or 'none'}", file=sys.stderr)
+    said = ", ".join(f"{name} {n:,}" for name, n in counts.items() if name != "abstained")
+    print(f"{folder}: {spent.requests:,} completions and {spent.tokens:,} tokens paid so far, pilots among them", file=sys.stderr)
+    print(f"verdicts: {said or 'none'} (a draw that answers share counts for each)", file=sys.stderr)
+    print(f"{counts['abstained']:,} answers abstained", file=sys.stderr)
     return made
 
 

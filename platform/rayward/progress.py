@@ -14,6 +14,7 @@ from functools import cache
 from types import TracebackType
 from typing import Any
 
+BAR = 24  # characters
 LOG_EVERY_S = 30.0  # seconds between two lines where there is no terminal
 
 
@@ -42,7 +43,7 @@ class Progress:
 
             self._bar = progress.Progress(
                 progress.TextColumn("{task.description}"),
-                progress.BarColumn(bar_width=30),
+                progress.BarColumn(bar_width=BAR),
                 progress.MofNCompleteColumn(),
                 progress.TextColumn("{task.fields[unit]}"),
                 progress.TimeRemainingColumn(compact=True),
@@ -58,9 +59,17 @@ class Progress:
         self.done += by
         self.words = "  ".join(f"{name} {value}" for name, value in words.items()) or self.words
         if self._bar is not None:
-            self._bar.update(self._task, completed=self.done, words=self.words)
+            self._bar.update(self._task, completed=self.done, words=self._that_fit())
         elif time.monotonic() - self.spoke > LOG_EVERY_S:
             self._say()
+
+    def _that_fit(self) -> str:
+        """As many of the words as the terminal has room for behind the bar: what does not fit would take the bar's own place."""
+        room = _terminal().width - BAR - len(f"{self.what}  {self.total:,}/{self.total:,} {self.unit} 00:00:00    ")
+        words = self.words.split("  ")
+        while words and len("  ".join(words)) > room:
+            words.pop()
+        return "  ".join(words)
 
     def _say(self) -> None:
         self.spoke = time.monotonic()

@@ -59,6 +59,8 @@ class ModelSettings:
     def __post_init__(self) -> None:
         if self.width % 16 or self.width < 16:
             raise ValueError(f"width={self.width} must be a multiple of 16")
+        if self.layers < 1:
+            raise ValueError(f"layers={self.layers} must be at least 1")
         if self.head != "auto":
             choose(heads.KINDS, self.head, "head")
         if self.head_layers not in (1, 2):

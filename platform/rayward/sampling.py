@@ -120,7 +120,13 @@ def sample(recipe: Recipe, problems: str, settings: SampleSettings, parts: int =
         size = sum(source_bytes(path) for _, path in files)
     size *= settings.answers + settings.continued * settings.continuations * 4  # a guess: an answer as long as its problem, of 4 steps
     gpus = gpus_of(settings.policy)
-    return dataflow.ingest(recipe, tasks, produce, unit="chunks", size=size, parts=parts, actors=actors or int(gpus != 0), gpus=gpus)
+    made = dataflow.ingest(recipe, tasks, produce, unit="chunks", size=size, parts=parts, actors=actors or int(gpus != 0), gpus=gpus)
+    outcomes = Counter(said for part in made.parts for said in pq.read_table(part, columns=["correct"])["correct"].to_pylist())
+    told = ", ".join(
+        f"{outcomes[value]:,} {name}" for value, name in ((True, "right"), (False, "wrong"), (None, "unknown")) if outcomes[value]
+    )
+    print(f"{grader_version(settings.grader)}: {told}", file=sys.stderr)
+    return made
 
 
 def _tasks(piece: Piece) -> list[dict[str, Any]]:

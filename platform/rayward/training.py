@@ -60,23 +60,27 @@ class TrainSettings:
     seed: int = 0  # another seed is another order of the examples, another fresh head, another dropout
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.lr <= 0 or self.clip <= 0 or not 0 <= self.warmup < 1 or self.log_every < 1:
-            raise ValueError(f"epochs={self.epochs}, lr={self.lr}, clip={self.clip}, warmup={self.warmup}: not a way to train")
-
-        if not (
-            math.isfinite(self.lr)
-            and 0 <= self.beta2 < 1
-            and self.weight_decay >= 0
-            and min(self.validate_every, self.checkpoint_every) >= 0
-        ):
-            raise ValueError(f"lr={self.lr}, beta2={self.beta2}, weight_decay={self.weight_decay}: not a way to train")
-        if not 0 < self.layer_decay <= 1 or not 0 <= self.average < 1 or self.freeze_layers < -1:
-            raise ValueError(
-                f"layer_decay={self.layer_decay}, average={self.average}, freeze_layers={self.freeze_layers}: not a way to train"
-            )
+        ranges = {
+            "epochs": (self.epochs >= 1, "at least 1"),
+            "lr": (0 < self.lr < math.inf, "above 0"),
+            "weight_decay": (self.weight_decay >= 0, "at least 0"),
+            "beta2": (0 <= self.beta2 < 1, "from 0 up and below 1"),
+            "warmup": (0 <= self.warmup < 1, "from 0 up and below 1"),
+            "clip": (self.clip > 0, "above 0"),
+            "layer_decay": (0 < self.layer_decay <= 1, "above 0 and at most 1"),
+            "freeze_layers": (self.freeze_layers >= -1, "at least -1"),
+            "average": (0 <= self.average < 1, "from 0 up and below 1"),
+            "validate_every": (self.validate_every >= 0, "at least 0"),
+            "checkpoint_every": (self.checkpoint_every >= 0, "at least 0"),
+            "log_every": (self.log_every >= 1, "at least 1"),
+            "patience": (self.patience >= 0, "at least 0"),
+        }
+        for name, (fits, wanted) in ranges.items():
+            if not fits:
+                raise ValueError(f"{name}={getattr(self, name)} must be {wanted}")
         if self.offload and not self.recompute:
             raise ValueError("offload=true is about what recompute=true keeps: set both")
-        if self.patience < 0 or (self.patience and self.best_by == "last"):
+        if self.patience and self.best_by == "last":
             raise ValueError(f"patience={self.patience} needs best_by=loss or accuracy, to know what is better")
 
     def lr_at(self, step: int, total: int) -> float:

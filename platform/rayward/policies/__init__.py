@@ -119,7 +119,8 @@ class ToyPolicy:
             numbers = self.world.numbers(request.prompt[-1].content)
             if len(numbers) < 2:
                 raise DataError(
-                    f"policy=toy answers problems of the toy world only, not {request.prompt[-1].content[:60]!r}", "name a policy"
+                    f"policy=toy answers problems like 'largest of 13 27 15 ?', not {request.prompt[-1].content[:60]!r}",
+                    "name another policy: server, transformers or vllm",
                 )
             steps = self.world.continue_steps(numbers, request.kept, request.seed)
             prompt_tokens = sum(len(text.split()) for text in (request.prompt[-1].content, *request.kept))

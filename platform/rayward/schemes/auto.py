@@ -74,10 +74,12 @@ def pilot(solutions: Sequence[Solution], settings: AutoSettings = AutoSettings()
 
 
 def measure(states: Sequence[State], want: Literal["hard", "soft"], settings: AutoSettings = AutoSettings()) -> Finding:
-    """Choose a scheme from a pilot's counts. With no wrong answer in the pilot there is nothing to go by: the posterior as it is."""
+    """Choose a scheme from a pilot's counts. Where there was nothing to draw from: `skew`, or the posterior as it is for soft labels."""
     wrong = [s for s in states if s.solution.outcome is False]
     if not wrong:
-        return Finding("posterior", {}, 0, 0, 0.0, "no wrong answer in the pilot: the posterior scheme with its usual settings")
+        name = "posterior" if want == "soft" else "skew"
+        says = "no wrong answer of three steps or more to draw from in the pilot, so nothing is known of repair"
+        return Finding(name, {}, 0, 0, 0.0, f"{says}. Scheme: {name} with its usual settings")
     recovered = sum(_recovers(s) for s in wrong)
     found = fit(wrong)
     gain = found.log_evidence - found.log_evidence_final
