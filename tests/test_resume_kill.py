@@ -39,8 +39,8 @@ def command(script: str, *words: str | Path) -> list[str]:
 
 def markers_of(output: Path) -> Markers:
     found = {}
-    for path in (output.parent / f".{output.name}.partial").glob("done/*/*.json"):
-        with contextlib.suppress(FileNotFoundError):  # the run has just ended
+    with contextlib.suppress(FileNotFoundError):  # the run has just ended
+        for path in (output.parent / f".{output.name}.partial").glob("done/*/*.json"):
             found[f"{path.parent.name}/{path.stem}"] = path.stat().st_mtime_ns
     return found
 

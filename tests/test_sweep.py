@@ -117,7 +117,7 @@ def prepared(examples: Dataset, folder: Path, space: str, trials: int = 0, rules
     [
         ('{"train.lrr": [1]}', {}, "lrr is not a setting"),
         ('{"train.epochs": [1, "x"]}', {}, "not a whole number"),
-        ('{"train.warmup": [0.1, 7]}', {}, "warmup=7 must be from 0 up and below 1"),
+        ('{"train.warmup": [0.1, 7]}', {}, "warmup=7.0 must be from 0 up and below 1"),
         ('{"objective": ["bradley_terry", "hinge"]}', {}, "cannot be compared"),
         ('{"regularise": [{"centre": 0.1}]}', {}, "cannot be compared"),
         ('{"train.lr": [0.1]}', {"validation_share": 0.0}, "holds out none"),
