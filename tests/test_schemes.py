@@ -819,6 +819,6 @@ def test_the_pilot_is_spread_over_wrong_answers_with_inner_steps():
     assert pilot(solutions, AutoSettings(pilot=3)) == [3, 6, 9]
     assert pilot(solutions, AutoSettings(pilot=100)) == list(range(3, 12))
     assert pilot(solutions[:3]) == []
-    assert measure([], "hard").scheme == "posterior"
+    assert [measure([], want).scheme for want in ("hard", "soft")] == ["skew", "posterior"]  # nothing is known of repair
     with pytest.raises(ValueError, match="no pilot"):
         fit([])
