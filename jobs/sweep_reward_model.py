@@ -65,13 +65,10 @@ class Settings:
             raise ValueError(f"concurrency={self.concurrency} and cpus={self.cpus} must be at least 1")
 
 
-FIT = ("examples", "model", "objective", "objective_settings", "regularise", "validation_share", "net", "lora", "render", "batch", "train")
-
-
 def main(settings: Settings) -> dict[str, Any]:
     """Run the trials, keep the best, judge it on the test split, register it."""
     registry.check_name(settings.register)
-    base = FitSettings(**{name: getattr(settings, name) for name in FIT})
+    base = FitSettings.of(settings)
     rules = Rules(settings.by, settings.halve, settings.keep_models)
     space = sweeping.parse_space(settings.space)
     sweep = sweeping.prepare(base, space, settings.output, settings.trials, settings.seed, rules)

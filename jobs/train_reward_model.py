@@ -43,19 +43,7 @@ class Settings:
 
 def main(settings: Settings) -> Fitted:
     """Fit, log, register."""
-    fit = FitSettings(
-        examples=settings.examples,
-        model=str(registry.model_folder(settings.model)),
-        objective=settings.objective,
-        objective_settings=settings.objective_settings,
-        regularise=settings.regularise,
-        net=settings.net,
-        lora=settings.lora,
-        render=settings.render,
-        batch=settings.batch,
-        train=settings.train,
-        validation_share=settings.validation_share,
-    )
+    fit = FitSettings.of(settings, model=str(registry.model_folder(settings.model)))
     registry.check_name(settings.register)
     prepared = fitting.prepare(fit, settings.output, settings.workers, settings.min_workers)
     with registry.run("train_reward_model", as_dict(settings), keep=Path(settings.output) / fitting.TRACKING) as run:

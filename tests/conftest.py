@@ -32,6 +32,14 @@ def ray_cluster() -> Iterator[Any]:
         yield ray
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """A fit takes every core unless it is told; sums over more threads have other last bits."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A store of the test's own."""

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from rayward.training import TrainSettings, freeze
 from tiny import classifier, toy_dataset
 
 torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = TrainSettings(epochs=2, lr=2e-3, log_every=1, validate_every=2, checkpoint_every=2)
@@ -42,13 +43,6 @@ LORA = LoraSettings(rank=4)
 
 class Crash(Exception):
     """What stands for a lost machine."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield
 
 
 @pytest.fixture(scope="module")

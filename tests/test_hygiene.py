@@ -29,8 +29,8 @@ from rayward.hygiene.summary import Ratio, Summary, length_histogram, length_qua
 from rayward.hygiene.survey import Chunk, chunks
 from rayward.hygiene.texts import fingerprints, grams, script_names, words_of
 from rayward.labels import LABELERS
-from rayward.records import EXAMPLE_SCHEMA, Example, Message, examples_of, examples_table
-from rayward.storage import Dataset, Manifest, open_dataset, part_of, whole_digest, write_part
+from rayward.records import Example, Message, examples_of, examples_table
+from rayward.storage import Dataset, open_dataset
 
 NONE = TokenSettings()
 
@@ -56,13 +56,7 @@ CLEAN = [pair(n) for n in range(40)]
 
 def dataset(examples: Sequence[Example], folder: Path, parts: int = 1) -> Dataset:
     """Examples on disk in some parts."""
-    table, n = examples_table(examples), len(examples)
-    which = part_of(table["prompt_id"], parts)
-    leaves: dict[str, str] = {}
-    for part in range(parts):
-        leaves |= write_part(folder, part, parts, table.filter(pa.array(which == part)), EXAMPLE_SCHEMA)
-    (folder / "manifest.json").write_text(Manifest("examples", "by hand", n, n, {}, n, whole_digest(leaves), {}, "0").to_json())
-    return open_dataset(folder, "examples")
+    return tiny.on_disk("examples", examples_table(examples), folder, parts)
 
 
 def split(folder: Path, **sides: Sequence[Example]) -> str:

@@ -19,9 +19,10 @@ from rayward.judging.verdicts import pair_prompt, rank_prompt, read_choice, read
 from rayward.labels import PairSettings
 from rayward.labels.pairs import pairs
 from rayward.policies.asking import Reply, Spent, VerdictLog
-from rayward.records import ROLLOUT_SCHEMA, Message, Rejected, Rollout, rollouts_of, rollouts_table
-from rayward.storage import Dataset, Manifest, open_dataset, part_of, sort_rows, whole_digest, write_part
+from rayward.records import Message, Rejected, Rollout, rollouts_of, rollouts_table
+from rayward.storage import Dataset, open_dataset
 from test_policies import causal
+from tiny import on_disk
 
 KEY = "sk-secret-0123456789"
 
@@ -132,15 +133,7 @@ def answers(prompt: int, number: int) -> list[Rollout]:
 
 
 def dataset(rollouts: Sequence[Rollout], folder: Path, parts: int = 1) -> Dataset:
-    table = sort_rows(rollouts_table(rollouts))
-    which = part_of(table["prompt_id"], parts)
-    leaves: dict[str, str] = {}
-    for part in range(parts):
-        leaves |= write_part(folder, part, parts, table.filter(which == part), ROLLOUT_SCHEMA)
-    n = len(rollouts)
-    manifest = Manifest("rollouts", "by hand", n, n, {}, n, whole_digest(leaves), {}, "0")
-    (folder / "manifest.json").write_text(manifest.to_json(), encoding="utf-8")
-    return open_dataset(folder, "rollouts")
+    return on_disk("rollouts", rollouts_table(rollouts), folder, parts)
 
 
 @pytest.mark.parametrize(

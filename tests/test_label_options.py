@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,15 +25,9 @@ from test_scoring import trained
 from tiny import dataset_of, example, question, toy_rollouts
 
 torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 Row = dict[str, Any]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield
 
 
 def label(kind: str, rows: list[Row] | Dataset, tmp_path: Path, *words: str | Path) -> Dataset:

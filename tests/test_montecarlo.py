@@ -24,13 +24,14 @@ from driving import Said, done, here
 from rayward.montecarlo import VERDICTS, Drawn, StepSampling, draw, solutions_of
 from rayward.policies import Completion, Request, ToyPolicy
 from rayward.policies.asking import Asker, Budget, Spent, VerdictLog
-from rayward.records import ROLLOUT_SCHEMA, Example, Message, Rollout, examples_of, rollouts_table
+from rayward.records import Example, Message, Rollout, examples_of, rollouts_table
 from rayward.sampling import SampleSettings, sample_problems, toy_problem
 from rayward.schemes import Budget as DrawBudget
 from rayward.schemes import CertifiedSettings, Solution
 from rayward.schemes.search import splits
-from rayward.storage import Dataset, Manifest, open_dataset, part_of, sort_rows, whole_digest, write_part
+from rayward.storage import Dataset, open_dataset
 from rayward.toy_world import ToyWorld, seed_of
+from tiny import on_disk
 
 # ------------------------------------------------------------------------------------------------------------------ a policy
 
@@ -106,15 +107,7 @@ def answers(problems: int, each: int, world: ToyWorld = USUAL, seed: int = 0) ->
 
 def dataset(rollouts: Sequence[Rollout], folder: Path, parts: int = 1) -> Path:
     """A folder of rollouts."""
-    table = sort_rows(rollouts_table(rollouts))
-    which = part_of(table["prompt_id"], parts)
-    leaves: dict[str, str] = {}
-    for part in range(parts):
-        leaves |= write_part(folder, part, parts, table.filter(which == part), ROLLOUT_SCHEMA)
-    n = len(rollouts)
-    manifest = Manifest("rollouts", "by hand", n, n, {}, n, whole_digest(leaves), {}, "0")
-    (folder / "manifest.json").write_text(manifest.to_json(), encoding="utf-8")
-    return folder
+    return on_disk("rollouts", rollouts_table(rollouts), folder, parts).path
 
 
 def label(folder: Path, output: str, *sets: str, source: str = "rollouts", policy: str = SOLVER, engine: str = "local", **how: Any) -> Said:

@@ -334,6 +334,7 @@ def test_a_loss_of_the_users_own_by_module_and_name(tmp_path: Path, monkeypatch:
 
 REFUSED: list[tuple[str, str, str, str]] = [
     ("bradly_terry", "{}", "{}", "did you mean bradley_terry"),
+    ("os:path", "{}", "{}", "objective=os:path is no function"),
     ("hinge", '{"margn": 1}', "{}", "has no setting margn\n  -> it has: margin"),
     ("listnet", '{"temperature": 0}', "{}", "temperature=0 is not a number from 0 up"),
     ("bradley_terry", '{"smoothing": -0.1}', "{}", "smoothing=-0.1 is not a number from 0 up"),

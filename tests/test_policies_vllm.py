@@ -19,8 +19,9 @@ from driving import rayward
 from rayward.errors import ModelError, SettingsError
 from rayward.policies import Completion, Request, drawn_by, make_policy
 from rayward.policies import engine as vllm_policy
-from rayward.policies.engine import VllmPolicy, VllmSettings, prefix_tokens
+from rayward.policies.engine import VllmPolicy, VllmSettings
 from rayward.records import Message
+from rayward.rendering import opened
 from tiny import byte_tokenizer, question
 
 STAND_IN = """
@@ -239,7 +240,7 @@ def test_a_row_per_completion_with_its_seed_and_prefixes_side_by_side(model: Pat
 
 def test_kept_steps_continue_the_answer_with_the_separator_at_their_end_and_one_bos(model: Path, stand_in: dict[str, Any]) -> None:
     tokenizer = made(model, stand_in).tokenizer
-    opening, going_on = (prefix_tokens(tokenizer, Request(question("p"), kept)) for kept in ((), ("One.\n\n", "Two.\n\n")))
+    opening, going_on = (opened(tokenizer, question("p"), kept) for kept in ((), ("One.\n\n", "Two.\n\n")))
     text = tokenizer.decode(going_on)
     assert text == tokenizer.decode(opening) + "One.\n\nTwo.\n\n"
     assert text.count("<s>") == 1  # the template's; the tokenizer by itself puts another in front
@@ -253,7 +254,7 @@ def test_a_template_that_trims_leaves_kept_steps_whole(model: Path, stand_in: di
     kept = [{"role": "user", "content": "p"}, {"role": "assistant", "content": "One.\n\n"}]
     rays = tokenizer.apply_chat_template(kept, tokenize=False, add_generation_prompt=False, continue_final_message=True)
     assert rays.endswith("assistant\nOne.")  # as Ray's chat template stage calls it: the separator is lost, and with it its token
-    assert tokenizer.decode(prefix_tokens(tokenizer, Request(question("p"), ("One.\n\n",)))).endswith("assistant\nOne.\n\n")
+    assert tokenizer.decode(opened(tokenizer, question("p"), ("One.\n\n",))).endswith("assistant\nOne.\n\n")
 
 
 def test_the_models_own_ends_are_those_of_vllm(model: Path, stand_in: dict[str, Any], tmp_path: Path) -> None:
@@ -321,7 +322,7 @@ def test_every_way_to_end_comes_back_through_rays_own_stage(ray_cluster: Any, mo
             assert "ValueError" in completion.error
             assert "longer than the maximum model length" in completion.error
         else:
-            assert completion.prompt_tokens == len(prefix_tokens(policy.tokenizer, request))
+            assert completion.prompt_tokens == len(opened(policy.tokenizer, request.prompt, request.kept))
     assert [c.generated_tokens for c, word in zip(done, words, strict=True) if word in ("nothing", "long")] == [1, 6, 6, 1]
     read = [note["read"] for note in notes(stand_in, "read")]
     assert len(read) == len(words)

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from rayward.training import TrainSettings
 from tiny import toy_dataset
 
 torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 FIT = FitSettings(
     examples="",
@@ -35,13 +35,6 @@ FIT = FitSettings(
     train=TrainSettings(epochs=3, lr=2e-3, log_every=1, validate_every=5, checkpoint_every=4),
     validation_share=0.2,
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield
 
 
 @pytest.fixture(scope="module")

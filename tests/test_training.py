@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,18 +36,11 @@ from rayward.training import Run, Team, TrainSettings, make_optimizer, train, va
 from tiny import classifier, dataset_of, example, groups_on_disk, plain_scores, toy_dataset, toy_examples
 
 torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TRAIN = TrainSettings(epochs=2, lr=2e-3, log_every=1, validate_every=4, checkpoint_every=3)
 STEPS = 8  # 30 examples in steps of 8, twice
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """A fit takes every core unless it is told; sums over more threads have other last bits."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield
 
 
 class Crash(Exception):

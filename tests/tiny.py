@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
@@ -21,10 +22,10 @@ from rayward import dataflow, labels
 from rayward.dataflow import Recipe
 from rayward.labels import LABELERS
 from rayward.policies import ToyPolicy
-from rayward.records import EXAMPLE_SCHEMA, Example, Message, Rejected, Rollout, examples_table
+from rayward.records import Example, Message, Rejected, Rollout, examples_table
 from rayward.rendering import Group, Groups, Renderer, RenderSettings, write_groups
 from rayward.sampling import SampleSettings, sample, sample_problems, toy_problem
-from rayward.storage import Dataset, Manifest, open_dataset, whole_digest, write_part
+from rayward.storage import Dataset, Manifest, open_dataset, part_of, schema_of, whole_digest, write_part
 from rayward.toy_world import ToyWorld
 
 # ------------------------------------------------------------------------------------------------------------------ bodies
@@ -223,12 +224,19 @@ def toy_dataset(kind: str, folder: Path, problems: int, seed: int = 0) -> Datase
 
 def dataset_of(examples: Sequence[Example], folder: Path, made_by: str = "by hand") -> Dataset:
     """Examples on disk, in one part."""
-    table = examples_table(examples)
-    leaves = write_part(folder, 0, 1, table, EXAMPLE_SCHEMA)
-    n = len(examples)
-    manifest = Manifest("examples", made_by, n, n, {}, n, whole_digest(leaves), {}, "0")
+    return on_disk("examples", examples_table(examples), folder, made_by=made_by)
+
+
+def on_disk(kind: str, table: pa.Table, folder: Path, parts: int = 1, made_by: str = "by hand") -> Dataset:
+    """Examples or rollouts on disk."""
+    which = part_of(table["prompt_id"], parts)
+    leaves: dict[str, str] = {}
+    for part in range(parts):
+        leaves |= write_part(folder, part, parts, table.filter(pa.array(which == part)), schema_of(kind))
+    n = table.num_rows
+    manifest = Manifest(kind, made_by, n, n, {}, n, whole_digest(leaves), {}, "0")
     (folder / "manifest.json").write_text(manifest.to_json(), encoding="utf-8")
-    return open_dataset(folder, "examples")
+    return open_dataset(folder, kind)
 
 
 def rendered(tokenizer: Any, examples: Iterable[Example], settings: RenderSettings | None = None) -> list[Group]:

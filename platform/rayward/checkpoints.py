@@ -85,7 +85,7 @@ class Writer:
         if sum(t.nbytes for tensors in files.values() for t in tensors.values()) > COPIED:
             self._write(self.folder / name, files, _said(state))
             return self.wait()
-        copies = {file: {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()} for file, tensors in files.items()}
+        copies = {file: {n: t.detach().to("cpu", copy=True).contiguous() for n, t in tensors.items()} for file, tensors in files.items()}
         self._thread = threading.Thread(target=self._write, args=(self.folder / name, copies, _said(state)))
         self._thread.start()
         return None

@@ -22,7 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -81,6 +81,12 @@ class FitSettings:
         adapters.check(self.lora)
         if self.lora.bits == 4 and self.train.shard:
             raise SettingsError("a body in 4 bits (lora.bits=4) cannot be spread (train.shard=true)", "leave one of them out")
+
+    @classmethod
+    def of(cls, settings: Any, **others: Any) -> FitSettings:
+        """The fit that a job's settings speak of: their fields of the same names, but for `others`."""
+        own = {field.name: getattr(settings, field.name) for field in fields(cls)}
+        return cls(**{**own, **others})
 
     def made_objective(self) -> Objective:
         """The objective with its settings and regularisers."""

@@ -248,6 +248,17 @@ def plain(prompt: Prompt) -> str:
     return "".join(f"{names[m.role]}: {m.content}\n\n" for m in prompt) + "Assistant: "
 
 
+def opened(tokenizer: Any, prompt: Prompt, kept: Sequence[str]) -> list[int]:
+    """What a policy is to go on from: the tokens of a prompt, the opening of an answer, and the kept steps; no end of text behind them."""
+    begun = "".join(kept)
+    if getattr(tokenizer, "chat_template", None):
+        turns = [{"role": m.role, "content": m.content} for m in prompt]
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) + begun
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    tokens = list(tokenizer(plain(prompt) + begun)["input_ids"])
+    return tokens[:-1] if tokens[-1:] == [tokenizer.eos_token_id] else tokens
+
+
 def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
     """What the tokenizer puts before and after a text (CLS and SEP, BOS); an end-of-text token where it puts nothing after."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]

@@ -387,10 +387,7 @@ def _without_head(path: str, settings: ModelSettings, info: dict[str, Any], deep
     head = [n for n in missing if n.split(".")[0] in HEADS]
     holes = [n for n in missing if n not in head and "pooler" not in n]
     if head and not holes and set(missing) <= set(resized) and not settings.new_head:
-        raise ModelError(
-            f"--model {path} cannot be loaded with head={settings.head}: its own has {resized[head[0]][0]} outputs",
-            "name the head it has, e.g. --set net.head=two_class, or put a fresh one in its place: --set net.new_head=true",
-        )
+        raise _other_outputs(path, settings, resized[head[0]][0])
     if holes or (missing and not settings.new_head):
         lacking, unused = holes or missing, sorted(info["unexpected_keys"])
         beside = f" and has some that its class has no place for: {_some(unused)}" if unused else ""
@@ -401,6 +398,13 @@ def _without_head(path: str, settings: ModelSettings, info: dict[str, Any], deep
             else "if it is a base model and is to get a fresh head, say --set net.new_head=true",
         )
     return head
+
+
+def _other_outputs(path: str, settings: ModelSettings, outputs: int) -> ModelError:
+    return ModelError(
+        f"--model {path} cannot be loaded with head={settings.head}: its own has {outputs} outputs",
+        "name the head it has, e.g. --set net.head=two_class, or put a fresh one in its place: --set net.new_head=true",
+    )
 
 
 def _some(names: Sequence[str]) -> str:
@@ -428,10 +432,7 @@ def _reading_of(
     single = replace(settings, head_layers=1) if stored.layers > 1 else settings
     reading = replace(_reading(path, single, notes, attributes), layers=stored.layers)
     if stored.outputs != len(reading.names):
-        raise ModelError(
-            f"--model {path} cannot be loaded with head={settings.head}: its own has {stored.outputs} outputs",
-            "name the head it has, e.g. --set net.head=two_class, or put a fresh one in its place: --set net.new_head=true",
-        )
+        raise _other_outputs(path, settings, stored.outputs)
     return reading
 
 

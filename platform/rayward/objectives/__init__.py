@@ -137,6 +137,8 @@ def make_objective(name: str, settings: str = "{}", regularise: str = "{}") -> O
       -> it has: by_count
     """
     entry = choose(OBJECTIVES, name, "objective")
+    if not isinstance(entry, Objective) and not callable(entry):
+        raise SettingsError(f"objective={name} is no function", "name one of (score_GK, target_GK, mask_GK) -> loss_G")
     made = entry if isinstance(entry, Objective) else Objective(entry, metrics.order_accuracy)
     given = parse_settings(settings, "objective_settings", '{"margin": 1}')
     terms = parse_settings(regularise, "regularise", '{"centre": 0.01}')

@@ -91,19 +91,27 @@ def stream(policy: Policy, requests: Iterable[Request | None]) -> Iterator[tuple
     if own is not None:
         yield from own(requests)
         return
+    for batch in batches(requests, TOGETHER):  # a callable hands over nothing before it is through with all it was given
+        yield from zip([place for place, _ in batch], policy([request for _, request in batch]), strict=True)
+
+
+def batches(requests: Iterable[Request | None], most: int) -> Iterator[list[tuple[int, Request]]]:
+    """Requests with their places, up to `most` at a time, and no more of them taken than are handed over; None ends a batch.
+
+    >>> [[place for place, _ in batch] for batch in batches([Request(()), None, *[Request(())] * 3], 2)]
+    [[0], [2, 3], [4]]
+    """
     todo = enumerate(requests)
     more = True
     while more:
         batch: list[tuple[int, Request]] = []
-        for place, request in todo:
+        while len(batch) < most and (more := (item := next(todo, None)) is not None):
+            place, request = item
             if request is None:
                 break
             batch.append((place, request))
-            if len(batch) == TOGETHER:  # a callable hands over nothing before it is through with all it was given
-                break
-        else:
-            more = False
-        yield from zip([place for place, _ in batch], policy([request for _, request in batch]) if batch else (), strict=True)
+        if batch:
+            yield batch
 
 
 @dataclass(frozen=True)

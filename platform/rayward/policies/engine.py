@@ -33,8 +33,8 @@ from typing import Any
 
 from rayward import cluster
 from rayward.errors import ModelError, SettingsError
-from rayward.policies import Completion, Request, written
-from rayward.rendering import plain
+from rayward.policies import Completion, Request, batches, written
+from rayward.rendering import opened
 
 TOGETHER = 2**14  # requests of one call at the most: every call loads the model
 OWN_ENGINE = ("model", "tensor_parallel_size", "max_model_len", "gpu_memory_utilization", "trust_remote_code", "task_type", "seed")
@@ -129,15 +129,7 @@ class VllmPolicy:
 
     def stream(self, requests: Iterable[Request | None]) -> Iterator[tuple[int, Completion]]:
         """(place, completion) as they come out of Ray Data; the model is loaded for every TOGETHER requests, and after every None."""
-        todo = enumerate(requests)
-        more = True
-        while more:
-            batch: list[tuple[int, Request]] = []
-            while len(batch) < TOGETHER and (more := (item := next(todo, None)) is not None):
-                place, request = item
-                if request is None:
-                    break
-                batch.append((place, request))
+        for batch in batches(requests, TOGETHER):
             rows, refused = self.rows(batch)
             yield from refused.items()
             if rows:
@@ -154,7 +146,7 @@ class VllmPolicy:
         refused: dict[int, Completion] = {}
         for group in groups.values():
             try:
-                tokens = prefix_tokens(self.tokenizer, group[0][1])
+                tokens = opened(self.tokenizer, group[0][1].prompt, group[0][1].kept)
             except (TemplateError, ValueError) as error:
                 refused |= {place: Completion((), "error", 0, error=f"chat template refuses: {error}") for place, _ in group}
             else:
@@ -228,17 +220,6 @@ class VllmPolicy:
 
 
 WAY_OUT = "RAYWARD_RAY_LOGS=1 shows the engine's own words; the same command goes on where this one stopped"
-
-
-def prefix_tokens(tokenizer: Any, request: Request) -> list[int]:
-    """The tokens of a prompt, the opening of an answer, and the kept steps just as they are."""
-    kept = "".join(request.kept)
-    if getattr(tokenizer, "chat_template", None):
-        turns = [{"role": m.role, "content": m.content} for m in request.prompt]
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) + kept
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    tokens = list(tokenizer(plain(request.prompt) + kept)["input_ids"])
-    return tokens[:-1] if tokens[-1:] == [tokenizer.eos_token_id] else tokens
 
 
 def _kept(row: dict[str, Any]) -> dict[str, Any]:

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from rayward.errors import ModelError
-from rayward.policies import Completion, Request, written
-from rayward.rendering import plain
+from rayward.policies import Completion, Request, batches, written
+from rayward.rendering import opened
 
 CONTEXT = 8  # tokens before the new ones that are decoded with them, since a tokenizer may trim the start of a text
 
@@ -72,29 +72,15 @@ class LocalPolicy:
 
     def stream(self, requests: Iterable[Request | None]) -> Iterator[tuple[int, Completion]]:
         """(place, completion) as rows end, batch by batch."""
-        todo = enumerate(requests)
-        more = True
-        while more:
-            batch: list[tuple[int, Request]] = []
-            while len(batch) < self.settings.batch_size and (more := (item := next(todo, None)) is not None):
-                place, request = item
-                if request is None:
-                    break
-                batch.append((place, request))
+        for batch in batches(requests, self.settings.batch_size):
             try:
-                yield from self._batch(batch) if batch else ()
+                yield from self._batch(batch)
             except torch.OutOfMemoryError as error:
                 raise ModelError(f"{self.device} is full: {str(error).splitlines()[0]}", "take a smaller batch_size") from None
 
     def render(self, request: Request) -> list[int]:
         """The tokens of a prompt, the opening of an answer, and the kept steps."""
-        kept = "".join(request.kept)
-        if getattr(self.tokenizer, "chat_template", None):
-            turns = [{"role": m.role, "content": m.content} for m in request.prompt]
-            text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) + kept
-            return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        tokens = list(self.tokenizer(plain(request.prompt) + kept)["input_ids"])
-        return tokens[:-1] if tokens[-1:] == [self.tokenizer.eos_token_id] else tokens
+        return opened(self.tokenizer, request.prompt, request.kept)
 
     # ------------------------------------------------------------------------------------------------------ one batch
 

@@ -7,7 +7,6 @@ rayward run mine.py --source S       a script of your own
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -15,7 +14,8 @@ from typing import Annotated
 
 import typer
 
-from rayward.config import guarded, public, suggest
+from rayward.cli import models
+from rayward.config import guarded, suggest
 from rayward.errors import SettingsError
 
 app = typer.Typer(
@@ -27,13 +27,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
-models_app = typer.Typer(help="Browse the registry: list, show, promote.", no_args_is_help=True, rich_markup_mode=None)
-app.add_typer(models_app, name="models")
+app.add_typer(models.app, name="models")
 
 
 def script_folders() -> list[Path]:
     """Where the scripts lie: beside the source root in a checkout, inside the package in a wheel."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parent.parent
     root = package.parent.parent
     if (root / "pipelines").is_dir() and (root / "jobs").is_dir():
         return [root / "pipelines", root / "jobs"]
@@ -125,87 +124,6 @@ def ui(
     registry.ui(host, port, browse)
 
 
-@models_app.command("list")
-def list_models(as_json: Annotated[bool, typer.Option("--json", help="one JSON array, for scripts")] = False) -> None:
-    """Every version of every model."""
-    from rayward import registry
-
-    rows = registry.models()
-    if as_json:
-        print(json.dumps(rows, indent=2))
-        return
-    if not rows:
-        print(
-            f"no models yet in {registry.tracking_uri()}\n"
-            "register one: rayward run train_reward_model ... --register NAME, or: rayward quickstart"
-        )
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("model", "version", "alias", "labels", "objective", "base", "validation", "data digest", "created"):
-        table.add_column(column, no_wrap=True)
-    for row in rows:
-        tags = row["tags"]
-        accuracy = tags.get("best_accuracy")
-        table.add_row(
-            row["name"],
-            row["version"],
-            ", ".join(row["aliases"]),
-            tags.get("labeler"),
-            tags.get("objective"),
-            Path(tags.get("base_model") or "").name,
-            f"{float(accuracy):.3f}" if accuracy else "",
-            (tags.get("data_digest") or "")[:12],
-            row["created"],
-        )
-    width = Console().width
-    Console(width=width if sys.stdout.isatty() else max(width, 160)).print(table)
-
-
-@models_app.command("show")
-def show_model(
-    name: Annotated[str, typer.Argument(help="NAME, NAME@ALIAS or NAME/VERSION")],
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object, for scripts")] = False,
-) -> None:
-    """One version: what it is, how good, what it came from, how to load it."""
-    from rayward import registry
-
-    row = registry.find(name)
-    if as_json:
-        print(json.dumps(row, indent=2))
-        return
-    print(
-        f"{row['name']} version {row['version']}  {' '.join('@' + a for a in row['aliases'])}"
-        f"  created {row['created']}  run {row['run_id']}"
-    )
-    for title, values in (("what it came from and how it did", row["tags"]), ("last metrics of its run", row["metrics"])):
-        print(f"\n{title}")
-        for key, value in sorted(values.items()):
-            print(f"  {key:<34} {value if isinstance(value, str) else round(value, 4)}")
-    print(f'\nload it\n  mlflow.set_tracking_uri("{public(registry.tracking_uri())}")')
-    print(f'  mlflow.pyfunc.load_model("models:/{row["name"]}/{row["version"]}").predict(rows)')
-
-
-@models_app.command()
-def promote(
-    name: Annotated[str, typer.Argument(help="the model")],
-    version: Annotated[str, typer.Argument(help="the version that is to carry the alias")],
-    alias: Annotated[str, typer.Option(help="the alias; models:/NAME@ALIAS then means this version")] = "champion",
-) -> None:
-    """Give a version an alias (champion, unless another is named)."""
-    from rayward import registry
-
-    done = registry.promote(name, version, alias)
-    before = f" (before: version {done['before']})" if done["before"] and done["before"] != done["version"] else ""
-    print(f"models:/{done['name']}@{done['alias']} is now version {done['version']}{before}")
-
-
 def main() -> None:
     """The `rayward` command."""
     guarded(app)
-
-
-if __name__ == "__main__":
-    main()
