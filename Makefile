@@ -1,6 +1,7 @@
 # make quickstart   the whole story on the built-in toy world
 # make test         every check: format, lint, types, import contracts, doctests, tests
-.PHONY: install quickstart test test-slow format clean
+# make wheel        dist/: the wheel and constraints.txt, what the nodes of a cluster install (cluster.yaml, deploy/)
+.PHONY: install wheel quickstart test test-slow format clean
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -11,6 +12,11 @@ install: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
+
+wheel: install
+	rm -rf dist
+	$(BIN)/python -m pip wheel --disable-pip-version-check --quiet --no-deps --wheel-dir dist .
+	cp constraints.txt dist/
 
 quickstart: install
 	$(BIN)/rayward quickstart
