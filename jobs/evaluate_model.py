@@ -12,6 +12,7 @@ from rayward import evaluation, registry, suites
 from rayward.config import as_dict, choose, command
 from rayward.errors import SettingsError
 from rayward.evaluation import Report
+from rayward.places import fetch
 from rayward.records import examples_of
 from rayward.scoring import Scorer
 from rayward.storage import open_dataset
@@ -46,7 +47,7 @@ def main(settings: Settings) -> Report:
             run.dataset(dataset, "evaluation")
         run.summary(report.headline)
         for file in ("report.html", "report.json"):
-            run.artifact(folder / file)
+            run.artifact(fetch(folder / file))
         if settings.model.startswith("models:/"):
             row = registry.find(settings.model)
             short = f"{dataset.path.name} {dataset.manifest.digest[:8]}" if dataset else settings.suite

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from rayward import metrics, registry, scoring
 from rayward.config import command
 from rayward.dataflow import Engine, Recipe
+from rayward.places import is_remote
 from rayward.storage import Dataset, open_dataset
 
 
@@ -18,7 +19,7 @@ from rayward.storage import Dataset, open_dataset
 class Settings:
     """What score_rollouts needs to know."""
 
-    model: str  # folder of a trained model, or models:/NAME@ALIAS
+    model: str  # folder or URL of a trained model, or models:/NAME@ALIAS
     source: str  # folder of rollouts
     output: str  # folder for the scored rollouts
     aggregate: metrics.Aggregation = "last"  # how the scores of steps become the answer's, where the model reads steps
@@ -35,9 +36,9 @@ class Settings:
 def main(settings: Settings) -> Dataset:
     """Score every part of the rollouts."""
     rollouts = open_dataset(settings.source, "rollouts")
-    folder = registry.model_folder(settings.model).absolute()
+    model = settings.model if is_remote(settings.model) else str(registry.model_folder(settings.model).absolute())
     recipe = Recipe.of("score_rollouts", settings, rollouts.lineage(), registry.identity(settings.model))
-    return scoring.score_dataset(recipe, rollouts, str(folder), settings.actors, settings.aggregate, settings.gpus)
+    return scoring.score_dataset(recipe, rollouts, model, settings.actors, settings.aggregate, settings.gpus)
 
 
 if __name__ == "__main__":

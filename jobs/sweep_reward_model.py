@@ -17,10 +17,9 @@ that ended, and goes on with the others from their checkpoints; a larger --trial
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from rayward import evaluation, fitting, registry, sweeping
+from rayward import evaluation, fitting, places, registry, sweeping
 from rayward.adapters import LoraSettings
 from rayward.batching import BatchSettings
 from rayward.config import as_dict, command
@@ -38,8 +37,8 @@ from rayward.training import Report, TrainSettings
 class Settings:
     """What sweep_reward_model needs to know."""
 
-    examples: str  # folder of examples, or of a split with train/, validation/ and test/
-    output: str  # folder for the trials and the model of the best
+    examples: str  # folder, URL or store:NAME of examples, or of a split with train/, validation/ and test/
+    output: str  # folder for the trials and the model of the best, which all nodes see
     space: str  # JSON: setting -> list of values, or ["log", low, high], ["uniform", low, high], ["integer", low, high]
     trials: int = 0  # trials to draw from the space at random; 0: every combination
     by: sweeping.By = "loss"  # what is best on validation; loss where all trials have one objective
@@ -49,7 +48,7 @@ class Settings:
     keep_models: bool = False  # keep the models of all trials, e.g. as an ensemble, and not only the winner's
     seed: int = 0  # another seed is another draw from the space
     register: str = ""  # name to register the winner under
-    model: str = "tiny"  # folder or hub name of a model, models:/NAME@ALIAS, or tiny: a small decoder from scratch
+    model: str = "tiny"  # folder, URL or hub name of a model, models:/NAME@ALIAS, or tiny: a small decoder from scratch
     objective: str = "auto"  # a loss (objectives.OBJECTIVES, docs/objectives.md), module:loss, or auto: what the labels are for
     objective_settings: str = "{}"  # JSON of the loss's own settings, e.g. '{"by_count": 8}' for binary_cross_entropy
     regularise: str = "{}"  # JSON of terms that add to the loss and their weights, e.g. '{"centre": 0.01}'
@@ -104,7 +103,7 @@ def tracking(parent: str) -> Callable[[Trial], AbstractContextManager[Report]]:
 
 def judge(sweep: Sweep, winner: Trial, run: registry.RunLog) -> dict[str, float]:
     """What the winner is worth on the test split, where there is one; each winner is shown it once."""
-    test = Path(winner.fit.examples) / "test"
+    test = places.at(winner.fit.examples) / "test"
     seen = sweeping.shown(sweep)
     if winner.name in seen or not (test / "manifest.json").is_file():
         return seen.get(winner.name) or {}

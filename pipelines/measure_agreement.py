@@ -8,12 +8,12 @@ few agree on, give `label_pairs` a least agreement.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from rayward import agreement
 from rayward.agreement import AgreementSettings, Report
 from rayward.config import command
 from rayward.errors import DataError
+from rayward.places import at, telling, write
 from rayward.storage import open_dataset
 
 
@@ -33,8 +33,8 @@ def main(settings: Settings) -> Report:
     print(agreement.as_text(report))
     if settings.output:
         try:
-            Path(settings.output).parent.mkdir(parents=True, exist_ok=True)
-            Path(settings.output).write_text(report.to_json(), encoding="utf-8")
+            with telling(settings.output):
+                write(at(settings.output), report.to_json())
         except OSError as error:
             raise DataError(f"--output {settings.output} cannot be written: {error.strerror}", "name a file, e.g. agreement.json") from None
         print(f"report: {settings.output}")

@@ -13,6 +13,12 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"  # real data beside the 
 
 os.environ["RAYWARD_PROGRESS"] = "log"
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ |= {
+    "AWS_ACCESS_KEY_ID": "nobody",
+    "AWS_SECRET_ACCESS_KEY": "nothing",
+    "AWS_DEFAULT_REGION": "us-east-1",
+}  # of the store that tests start
+os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
 
 
 @pytest.fixture(scope="session")

@@ -256,7 +256,7 @@ def wrong(words: list[str], scripts: dict[str, Script]) -> list[str]:
             if word not in command.commands:
                 return [word] if not word.startswith("-") else []
             command, rest = command.commands[word], words[at + 1 :]
-    known = {o for p in command.params for o in p.opts} | {"--help", "-h"}
+    known = {o for p in command.params for o in (*p.opts, *p.secondary_opts)} | {"--help", "-h"}
     return [w for w in rest if w.startswith("--") and w.partition("=")[0] not in known]
 
 

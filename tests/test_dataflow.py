@@ -328,7 +328,8 @@ def test_an_import_that_was_killed_goes_on_and_gives_the_same_digest(
         name = f"{marker.parent.name}/{marker.stem}"
         if name == killed_at:
             raise KeyboardInterrupt
-        seen.append(name)
+        if marker.parent.parent.name == "done":
+            seen.append(name)
         replace(aside, marker)
 
     monkeypatch.setattr("rayward.dataflow.engine.os.replace", dies)

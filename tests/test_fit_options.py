@@ -236,14 +236,14 @@ def test_both_errors_are_told_where_there_are_two(tmp_path: Path) -> None:
 def test_what_a_killed_run_left_is_tidied_and_the_best_comes_back(tmp_path: Path) -> None:
     model, _ = stepped()
     with Writer(tmp_path) as writer:
-        writer.save("best", model, None, {"step": 3})
-    (tmp_path / "best").rename(tmp_path / ".best.old")  # killed between the two renames
-    (tmp_path / ".best.partial").mkdir()
+        writer.save("best-00000003", model, None, {"step": 3}, best=[3])
+    (tmp_path / "best-00000003").rename(tmp_path / ".best-00000003.old")  # killed between the two renames
+    (tmp_path / ".best-00000003.partial").mkdir()
     (tmp_path / ".step-00000007.partial").mkdir()
     Writer(tmp_path, rank=1)
-    assert not (tmp_path / "best").exists()  # the first worker alone does it
+    assert not (tmp_path / "best-00000003").exists()  # the first worker alone does it
     Writer(tmp_path)
-    assert checkpoints.read_state(tmp_path / "best") == {"step": 3}
+    assert checkpoints.read_state(tmp_path / "best-00000003") == {"step": 3}
     assert not hidden(tmp_path)
 
 

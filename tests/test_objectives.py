@@ -40,7 +40,8 @@ SCORE = st.floats(-8, 8, width=32)
 TARGET = st.sampled_from([0.0, 0.25, 0.3, 0.5, 0.75, 1.0])  # probabilities, with many ties: fit for every objective
 GROUP = st.lists(st.tuples(SCORE, TARGET), min_size=1, max_size=6)
 JUNK = st.sampled_from([1e30, -1e30, 12345.0, math.inf, -math.inf, math.nan])
-OUTPUTS = {"debiased": [1.0, 0.5], "three_class": [-1.0, 0.0, 1.0]}  # head -> its outputs, as multiples of the score
+# head -> its outputs, as multiples of the score
+OUTPUTS = {"debiased": [1.0, 0.5], "three_class": [-1.0, 0.0, 1.0], "verdict": [-0.5, 0.5, 0.2]}
 
 
 def every(**flags: bool) -> pytest.MarkDecorator:

@@ -75,15 +75,21 @@ def refusal(entry: Objective, kind: str, examples: list[Example]) -> str:
     return ""
 
 
+def tokens_of(entry: Objective) -> str:
+    """The words that a verdict is read from, where the head is one."""
+    return "yes no" if entry.head == "verdict" else ""
+
+
 def fit_settings(name: str, examples: Path) -> FitSettings:
     """A fit of a model of a few thousand weights."""
-    net = ModelSettings(width=16, layers=1)
+    net = ModelSettings(width=16, layers=1, head_tokens=tokens_of(OBJECTIVES[name]))
     return FitSettings(str(examples), "tiny", name, net, RenderSettings(max_length=128), BatchSettings(), TrainSettings(), 0.0)
 
 
 def losses(entry: Objective, examples: list[Example], folder: Path) -> tuple[float, float]:
     """The loss before and after some steps of a fresh small model on all examples at once."""
-    loaded = tiny_model(examples, ModelSettings(width=16, layers=1, head=entry.head or "auto"), 128, 0, examples[0].attributes)
+    net = ModelSettings(width=16, layers=1, head=entry.head or "auto", head_tokens=tokens_of(entry))
+    loaded = tiny_model(examples, net, 128, 0, examples[0].attributes)
     model = loaded.model
     assert write_groups(folder, [examples_table(examples)], Renderer(loaded.tokenizer, RenderSettings(), model.reading.attributes)) == []
     groups = Groups(folder)

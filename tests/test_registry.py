@@ -25,7 +25,7 @@ import pytest
 
 from driving import RAYWARD, Toy, done, here
 from driving import toy as make_toy
-from rayward import registry
+from rayward import places, registry
 from rayward.errors import Interrupted, RegistryError
 from rayward.metrics import sigmoid
 from rayward.records import Message, Rollout, rollouts_of
@@ -117,7 +117,9 @@ def test_a_run_says_how_it_ended(own: Path, tmp_path: Path, error: BaseException
     assert history(run_id, "loss") == [(1, 2.0)]  # what was measured before is not lost
 
 
-def test_a_store_that_went_away_does_not_hide_why_a_job_ended(own: Path) -> None:
+def test_a_store_that_went_away_does_not_hide_why_a_job_ended(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAYWARD_TRACKING_WAIT_S", "0.5")
+
     def job() -> None:
         with registry.run("job", {}):
             shutil.rmtree(own)
@@ -156,6 +158,20 @@ def test_a_job_that_was_killed_goes_on_without_a_gap_or_a_repeat(own: Path, tmp_
         assert again.id == first.id
         assert history(first.id, "loss") == [(10, 1.0), (20, 2.0), (30, 3.0)]
         assert history(first.id, "validation_loss") == [(20, 2.5), (25, 3.5)]
+
+
+def test_what_mlflow_would_refuse_is_made_to_fit(own: Path) -> None:
+    long, url = "x" * 10_000, "s3://KEY:SECRET@bucket/rows"
+    with registry.run("job", {"long": long, "source": url, **{f"n{n}": n for n in range(150)}}) as run:
+        run.tags({"long": long, "source": url})
+        run.metrics({"step": 1, "accuracy (hard)": 0.5, "loss": float("nan")})
+        run.metrics({"step": 2, "accuracy (hard)": 0.6, "loss": float("inf")})
+    kept = client().get_run(run.id)
+    assert len(kept.data.params) == 152
+    assert kept.data.params["long"].endswith("... (cut: 10,000 characters)")
+    assert kept.data.params["source"] == kept.data.tags["source"] == "s3://bucket/rows"
+    assert history(run.id, "accuracy _hard_") == [(1, 0.5), (2, 0.6)]
+    assert [step for step, _ in history(run.id, "loss")] == [1, 2]
 
 
 def test_a_job_whose_run_is_gone_begins_a_new_one(own: Path, tmp_path: Path) -> None:
@@ -198,6 +214,21 @@ def test_a_run_registers_one_version_however_often(toy: Toy, own: Path) -> None:
     assert "(before: version 2)" in done(here("rayward", "models", "promote", "toy-pairs", "1")).out  # and back
     assert registry.promote("toy-pairs", "3", alias="canary")["before"] is None
     assert registry.find("toy-pairs@champion")["version"] == "1"
+
+
+def test_an_alias_goes_back_step_by_step(toy: Toy, own: Path) -> None:
+    for version in ("2", "3"):
+        with registry.run("job", {}) as run:
+            assert registry.register(run, toy.pairs_model, "toy-pairs", {}) == version
+    here("rayward", "models", "rollback", "toy-pairs").mistake("no version of toy-pairs is known to have had the alias champion before")
+    for version in ("2", "2", "3"):  # twice the same is one promotion
+        registry.promote("toy-pairs", version)
+    assert "models:/toy-pairs@champion is version 2 again (was version 3)" in done(here("rayward", "models", "rollback", "toy-pairs")).out
+    assert registry.find("toy-pairs@champion")["version"] == "2"
+    assert registry.rollback("toy-pairs") == {"name": "toy-pairs", "version": "1", "alias": "champion", "before": "2"}
+    with pytest.raises(RegistryError, match="before version 1"):
+        registry.rollback("toy-pairs")
+    here("rayward", "models", "rollback", "toy-pair").mistake("did you mean toy-pairs?")
 
 
 def test_an_unpromoted_model_is_its_newest_version(toy: Toy, own: Path) -> None:
@@ -268,6 +299,41 @@ def test_mlflow_tracking_uri_is_honoured(toy: Toy, store: Path, at_home: Path, m
     assert [v.run_id for v in mlflow.MlflowClient(elsewhere).search_model_versions("name = 'mine'")] == [run.id]
     assert (registry.model_folder("models:/mine") / "model.safetensors").is_file()
     assert not store.exists()
+
+
+def test_a_store_in_the_cloud_needs_a_server(at_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("s3fs", reason="needs the extra s3")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("RAYWARD_STORE", "s3://bucket/team")
+    here("rayward", "models", "list").mistake("s3://bucket/team is no place for a database", "export MLFLOW_TRACKING_URI=http://HOST:5000")
+
+
+@pytest.mark.slow  # an S3 server, and all that speaks to it
+def test_artifacts_beside_a_database_go_to_the_store(at_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store on an S3 server, and a database elsewhere: no server of MLflow's in between."""
+    for module in ("s3fs", "moto", "boto3"):
+        pytest.importorskip(module, reason="needs the extra s3 and moto[server]")
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=free_port(), verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "hidden", "AWS_DEFAULT_REGION": "us-east-1"}
+        for name, value in {**keys, "AWS_ENDPOINT_URL": f"http://{host}:{port}", "RAYWARD_STORE": "s3://team/store"}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{at_home / 'mlflow.db'}")
+        urllib.request.urlopen(urllib.request.Request(f"http://{host}:{port}/team", method="PUT"), timeout=20)
+        (at_home / "note.txt").write_text("kept")
+        keep = places.at("store:job/tracking.json")
+        with registry.run("job", {}, keep=keep) as run:
+            run.artifact(at_home / "note.txt")
+        with registry.run("job", {}, keep=keep) as again:
+            assert again.id == run.id
+        [kept] = [n for n in places.listing(places.at("store:artifacts"), deep=True) if n.endswith("note.txt")]
+        assert places.read(places.at(f"store:artifacts/{kept}")) == b"kept"
+    finally:
+        server.stop()
 
 
 # ------------------------------------------------------------------------------------------------ the model as others load it

@@ -15,7 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from rayward.batching import BatchSettings
-from rayward.fitting import FitSettings, fit
+from rayward.errors import RaywardError
+from rayward.fitting import FitSettings, Resources, fit
+from rayward.fitting.placement import scaling
 from rayward.rendering import RenderSettings
 from rayward.reward_model import ModelSettings
 from rayward.storage import Dataset
@@ -68,6 +70,33 @@ def test_two_workers_have_the_curve_of_one(two_workers: Path, pairs: Dataset, tm
     fit(replace(FIT, examples=str(pairs.path)), str(tmp_path))
     for both, alone in zip(lines(two_workers), lines(tmp_path), strict=True):
         assert both == pytest.approx(alone, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("each", "workers", "said"),
+    [
+        (Resources(cpus=64), 2, "no room for 2 workers of 64 CPUs each: this cluster has 1 node with .* CPUs"),
+        (Resources(gpus=1), 2, "no room for 2 workers of 1 CPU and 1 GPU each"),
+        (Resources(cpus=64, wait_s=0), 1, "no room for 1 worker of 64 CPUs each after .* s: free are"),
+    ],
+)
+def test_a_group_that_cannot_be_placed_says_so(ray_cluster: Any, each: Resources, workers: int, said: str) -> None:
+    with pytest.raises(RaywardError, match=said):
+        scaling(ray_cluster, each, workers, workers)
+
+
+def test_a_group_waits_for_what_others_hold_and_no_longer(ray_cluster: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    cpus = int(ray_cluster.cluster_resources()["CPU"])
+    held = ray_cluster.util.placement_group([{"CPU": cpus}])
+    assert held.wait(60)
+    try:
+        with pytest.raises(RaywardError, match=r"no room for 1 worker of 1 CPU each after (.|\n)*goes on when what holds them has ended"):
+            scaling(ray_cluster, Resources(gpus=0, wait_s=1), 1, 1)
+    finally:
+        ray_cluster.util.remove_placement_group(held)
+    asked = scaling(ray_cluster, Resources(gpus=0, wait_s=60), 1, cpus)
+    assert asked["resources_per_worker"] == {"CPU": 1.0}
+    assert not asked["use_gpu"]
 
 
 def worker_pids() -> list[int]:

@@ -120,7 +120,7 @@ def test_spread_over_two_workers_the_curve_is_that_of_one(rank: int, sides: tupl
     together(2, tmp_path, Whole(sides, tmp_path / "spread", rank))
     for there, here in zip(lines(tmp_path / "alone"), lines(tmp_path / "spread"), strict=True):
         assert here == pytest.approx(there, abs=1e-5)
-    alone, spread = (load_file(tmp_path / f / "best" / "model.safetensors") for f in ("alone", "spread"))
+    alone, spread = (load_file(checkpoints.best(tmp_path / f)[0] / "model.safetensors") for f in ("alone", "spread"))
     assert alone.keys() == spread.keys()
     for name in alone:
         torch.testing.assert_close(spread[name], alone[name], rtol=1e-4, atol=1e-5)

@@ -317,7 +317,7 @@ def test_a_tag_on_a_model_that_is_there_is_what_every_worker_starts_from(store: 
     settings = resolve(FitSettings, {name: value for name, value in said.items() if name != "data_digest"})
     settings = replace(settings, model=str(tmp_path / "plain" / "model"), render=replace(settings.render, step_tag=TAG))
     fitting.prepare(settings, str(tmp_path / "prepared"))
-    begun = fitting._load_start(tmp_path / "prepared", settings)  # what every Ray Train worker calls
+    begun = fitting.load_start(tmp_path / "prepared", settings)  # what every Ray Train worker calls
     known = step_tag_id(begun.tokenizer, TAG)
     assert known == len(plain.renderer.tokenizer)
     rows = plain.model.classifier.get_input_embeddings().weight

@@ -215,7 +215,10 @@ def test_a_run_that_was_lost_anywhere_ends_as_if_it_had_not_been(
     assert same_weights(again.model, undisturbed.model)
     assert lines(tmp_path) == lines(undisturbed.folder)
     assert [line["step"] for line in lines(tmp_path) if "loss" in line] == list(range(1, STEPS + 1))
-    best = [checkpoints.load(folder / "best", a_run(sides, folder).model.classifier, None) for folder in (tmp_path, undisturbed.folder)]
+    best = [
+        checkpoints.load(checkpoints.best(folder)[0], a_run(sides, folder).model.classifier, None)
+        for folder in (tmp_path, undisturbed.folder)
+    ]
     assert best[0] == best[1]
 
 
@@ -269,7 +272,22 @@ def test_the_state_of_an_optimizer_goes_through_a_checkpoint_without_pickle(side
 
 def test_two_checkpoints_are_kept_and_nothing_half_written(undisturbed: Run) -> None:
     names = sorted(p.name for p in undisturbed.folder.iterdir())
-    assert names == ["best", "metrics.jsonl", "step-00000006", "step-00000008"]
+    assert [n for n in names if not n.startswith("best-")] == ["metrics.jsonl", "step-00000006", "step-00000008"]
+    named = {entry["step"] for path in checkpoints.steps(undisturbed.folder) for entry in checkpoints.read_state(path)["kept"]}
+    assert [n for n in names if n.startswith("best-")] == [f"best-{step:08d}" for step in sorted(named)]
+
+
+def test_the_best_three_are_kept_and_no_others(sides: tuple[Path, Path], tmp_path: Path) -> None:
+    run = a_run(sides, tmp_path, train=replace(TRAIN, keep_best=3, validate_every=1, checkpoint_every=100, lr=5e-3, epochs=3))
+    train(run)
+    validated = [line for line in lines(tmp_path) if "validation_loss" in line]
+    best = sorted(validated, key=lambda line: line["validation_loss"])[:3]
+    kept = checkpoints.best(tmp_path)
+    assert [checkpoints.read_state(path)["step"] for path in kept] == [line["step"] for line in best]
+    assert {path.name for path in tmp_path.glob("best-*")} == {path.name for path in kept}
+    for path, line in zip(kept, best, strict=True):
+        checkpoints.load(path, run.model.classifier, None)
+        assert validate(run)["loss"] == pytest.approx(line["validation_loss"], abs=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------------ numbers that are true
@@ -317,13 +335,13 @@ def test_the_best_weights_are_those_of_the_best_line(by: Any, sides: tuple[Path,
     assert len(validated) == 2 * STEPS
     best = min(validated, key=lambda line: line["validation_loss"] if by == "loss" else -line["validation_accuracy"])
     assert state["best"]["step"] == best["step"] < 2 * STEPS
-    checkpoints.load(tmp_path / "best", run.model.classifier, None)
+    checkpoints.load(checkpoints.best(tmp_path)[0], run.model.classifier, None)
     assert validate(run) == pytest.approx({"loss": best["validation_loss"], "accuracy": best["validation_accuracy"]}, abs=1e-6)
 
 
 def test_best_by_last_keeps_no_best(sides: tuple[Path, Path], tmp_path: Path) -> None:
     train(a_run(sides, tmp_path, train=replace(TRAIN, best_by="last")))
-    assert not (tmp_path / "best").exists()
+    assert not list(tmp_path.glob("best-*"))
 
 
 LEARNS = [("pairs", 300, 3, 0.85), ("rankings", 200, 3, 0.85), ("steps", 300, 10, 0.8)]
@@ -383,14 +401,11 @@ def model_bytes(folder: Path) -> bytes:
 
 def test_a_fit_leaves_the_best_weights_and_says_what_they_are(fitted: Fitted, pairs: Dataset) -> None:
     run = fitted.model.parent / "run"
-    best = load_file(run / "best" / "model.safetensors")
+    [kept_best] = checkpoints.best(run)
+    best = load_file(kept_best / "model.safetensors")
     kept = load_file(fitted.model / "model.safetensors")
     assert all(torch.equal(best[name], kept[name]) for name in kept)
-    [line] = [
-        line
-        for line in lines(run)
-        if "validation_loss" in line and line["step"] == json.loads((run / "best" / "state.json").read_text())["step"]
-    ]
+    [line] = [line for line in lines(run) if "validation_loss" in line and line["step"] == checkpoints.read_state(kept_best)["step"]]
     assert fitted.metrics == {"loss": line["validation_loss"], "accuracy": line["validation_accuracy"]}
     assert fitted.notes["objective"] == "bradley_terry"
     assert fitted.notes["labeler"] == "pairs"

@@ -206,7 +206,7 @@ def test_what_a_fit_with_an_average_leaves_is_the_average(best_by: Any, pairs: D
     done = fit(fit_settings(pairs, train=replace(TRAIN, average=0.9, best_by=best_by)), str(tmp_path))
     kept = load_file(done.model / "model.safetensors")
     last = checkpoints.steps(tmp_path / "run")[-1]
-    wanted = load_file(tmp_path / "run" / "best" / "model.safetensors") if best_by == "loss" else checkpoints.load_average(last)
+    wanted = load_file(checkpoints.best(tmp_path / "run")[0] / "model.safetensors") if best_by == "loss" else checkpoints.load_average(last)
     live = load_file(last / "model.safetensors")
     assert wanted is not None
     assert all(torch.equal(kept[name], wanted[name]) for name in kept)
@@ -220,7 +220,7 @@ def test_a_run_ends_when_it_does_not_get_better(pairs: Dataset, tmp_path: Path) 
     settings = fit_settings(pairs, train=replace(TRAIN, epochs=30, lr=0.3, patience=2, validate_every=1, clip=100.0))
     done = fit(settings, str(tmp_path))
     [state] = [checkpoints.read_state(p) for p in checkpoints.steps(tmp_path / "run")[-1:]]
-    best = checkpoints.read_state(tmp_path / "run" / "best")["step"]
+    best = checkpoints.read_state(checkpoints.best(tmp_path / "run")[0])["step"]
     assert state["step"] == best + 2
     assert fit(settings, str(tmp_path)) == done  # an ended run is not begun again
     assert checkpoints.read_state(checkpoints.steps(tmp_path / "run")[-1])["step"] == state["step"]
@@ -264,7 +264,7 @@ def test_the_merged_model_scores_as_the_adapted_one_did(pairs: Dataset, tmp_path
     model = load_model(str(tmp_path / "start"), ModelSettings()).model
     untrained = np.concatenate(score_groups(model, groups, BatchSettings()))
     adapters.add(model.classifier, "score", LORA)
-    checkpoints.load(tmp_path / "run" / "best", model.classifier, None)
+    checkpoints.load(checkpoints.best(tmp_path / "run")[0], model.classifier, None)
     adapted = np.concatenate(score_groups(model, groups, BatchSettings()))
     np.testing.assert_allclose(merged, adapted, rtol=1e-5, atol=1e-5)
     assert np.abs(adapted - untrained).max() > 1e-3
@@ -329,7 +329,7 @@ def test_a_body_in_four_bits_is_unpacked_when_its_adapters_are_merged(pairs: Dat
     pytest.importorskip("peft")
     pytest.importorskip("bitsandbytes", reason="a body in 4 bits needs bitsandbytes: pip install 'rayward[lora]'")
     from rayward import adapters
-    from rayward.fitting import _load_start
+    from rayward.fitting import load_start
 
     settings = fit_settings(pairs, net=ModelSettings(width=64), lora=LoraSettings(rank=4, bits=4), train=replace(TRAIN, lr=5e-3))
     done = fit(settings, str(tmp_path))
@@ -338,9 +338,9 @@ def test_a_body_in_four_bits_is_unpacked_when_its_adapters_are_merged(pairs: Dat
     held = Groups(tmp_path / "groups" / "validation")
     groups = [held[n] for n in range(len(held))]
     merged = np.concatenate(score_groups(loaded.model, groups, BatchSettings()))
-    model = _load_start(tmp_path, settings).model
+    model = load_start(tmp_path, settings).model
     adapters.add(model.classifier, "score", settings.lora)
-    checkpoints.load(tmp_path / "run" / "best", model.classifier, None)
+    checkpoints.load(checkpoints.best(tmp_path / "run")[0], model.classifier, None)
     np.testing.assert_allclose(merged, np.concatenate(score_groups(model, groups, BatchSettings())), rtol=1e-4, atol=1e-4)
 
 

@@ -53,6 +53,9 @@ class Batch:
     count_GK: Tensor  # float32; verdicts behind a target
     length_GK: Tensor  # float32; tokens of the answer that a place is in
     column_GK: Tensor  # int64; which output of the head a target is about, -1: the score that is made of all of them
+    group_BT: Tensor  # int64; which example a token belongs to, -1: padding
+    answer_BT: Tensor  # int64; which of its answers it is in, from 1; 0: the prompt, or padding
+    prompt_GK: Tensor  # int64; flat index of the last token of the prompt in front of a place
 
     def to(self, device: torch.device | str) -> Batch:
         """The same on another device."""
@@ -149,17 +152,21 @@ def collate(rows: Sequence[Sequence[Group]], shared: bool) -> Batch:
     token: list[np.ndarray] = []
     position: list[np.ndarray] = []
     segment: list[np.ndarray] = []
-    places: list[tuple[np.ndarray, np.ndarray]] = []  # (row, column) of each place of each group
+    owner: list[np.ndarray] = []  # of every token: group * ANSWERS + answer
+    places: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # (row, column) of each place of each group, and where its prompt ends
+    number = 0  # of the group
     for row in rows:
         if shared:
             start = 0
             for group in row:
                 columns = group.place_K.astype(np.int64) + start
-                places.append((np.full(len(columns), len(token)), columns))
+                places.append((np.full(len(columns), len(token)), columns, np.full(len(columns), start + group.length_A[0] - 1)))
                 start += len(group.token_T)
             token.append(np.concatenate([g.token_T for g in row]))
             position.append(np.concatenate([_positions(g) for g in row]))
-            segment.append(np.concatenate([_segments(g, number) for number, g in enumerate(row)]))
+            segment.append(np.concatenate([_segments(g, n) for n, g in enumerate(row)]))
+            owner.append(np.concatenate([_segments(g, number + n) for n, g in enumerate(row)]))
+            number += len(row)
             continue
         for group in row:
             first_row, prompt = len(token), group.length_A[0]
@@ -169,25 +176,31 @@ def collate(rows: Sequence[Sequence[Group]], shared: bool) -> Batch:
                 token.append(ids)
                 position.append(np.arange(len(ids)))
                 segment.append(np.zeros(len(ids), np.int64))
+                owner.append(number * ANSWERS + np.repeat([0, n + 1], [prompt, len(ids) - prompt]))
+            number += 1
             answer = np.searchsorted(ends, group.place_K, side="right") - 1
-            places.append((first_row + answer, group.place_K - ends[answer] + prompt))
+            places.append((first_row + answer, group.place_K - ends[answer] + prompt, np.full(len(answer), prompt - 1)))
     B, T = len(token), max(map(len, token))
     token_BT, position_BT, segment_BT = np.zeros((B, T), np.int64), np.zeros((B, T), np.int64), np.full((B, T), -1, np.int64)
-    for b, (ids, at, who) in enumerate(zip(token, position, segment, strict=True)):
+    group_BT, answer_BT = np.full((B, T), -1, np.int64), np.zeros((B, T), np.int64)
+    for b, (ids, at, who, whose) in enumerate(zip(token, position, segment, owner, strict=True)):
         token_BT[b, : len(ids)], position_BT[b, : len(ids)], segment_BT[b, : len(ids)] = ids, at, who
+        group_BT[b, : len(ids)], answer_BT[b, : len(ids)] = whose // ANSWERS, whose % ANSWERS
     G = len(groups)
     place_GK, target_GK, mask_GK = np.zeros((G, K), np.int64), np.zeros((G, K), np.float32), np.zeros((G, K), bool)
     count_GK, length_GK, column_GK = np.zeros((G, K), np.float32), np.zeros((G, K), np.float32), np.full((G, K), -1, np.int64)
-    for g, (group, (row_at, column)) in enumerate(zip(groups, places, strict=True)):
+    prompt_GK = np.zeros((G, K), np.int64)
+    for g, (group, (row_at, column, prompt_at)) in enumerate(zip(groups, places, strict=True)):
         k = len(group.target_K)
         place_GK[g, :k], target_GK[g, :k], mask_GK[g, :k] = row_at * T + column, group.target_K, True
+        prompt_GK[g, :k] = row_at * T + prompt_at
         count_GK[g, :k] = 1 if group.count_K is None else group.count_K
         length_GK[g, :k] = group.length_A[1:][np.searchsorted(np.cumsum(group.length_A), group.place_K, side="right") - 1]
         if group.column_K is not None:
             column_GK[g, :k] = group.column_K
     weight_G = np.array([g.weight for g in groups], np.float32)
-    made = (token_BT, position_BT, segment_BT, place_GK, target_GK, mask_GK, weight_G, count_GK, length_GK, column_GK)
-    return Batch(*map(torch.from_numpy, made))
+    of_places = (place_GK, target_GK, mask_GK, weight_G, count_GK, length_GK, column_GK)
+    return Batch(*map(torch.from_numpy, (token_BT, position_BT, segment_BT, *of_places, group_BT, answer_BT, prompt_GK)))
 
 
 def _positions(group: Group) -> np.ndarray:

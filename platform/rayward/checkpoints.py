@@ -2,11 +2,14 @@
 
     FOLDER/
       step-00000120/  model.safetensors  optimizer.safetensors  average.safetensors  state.json     the last two, to go on from
-      best/           model.safetensors  state.json                                                 the best on validation
+      best-00000100/  model.safetensors  state.json                                                 the best on validation
+
+A folder never changes once it has its name. Which ones are the best says the state of the step-*; those that no state names go.
 
 Only weights that are trained are written: the frozen ones of a body under LoRA lie where the run started from. They are copied, and
 written by a thread while training goes on, one write at a time; a run ends with all of them on disk, also one that an error ends. More
-than COPIED bytes are not copied: training waits while they are written. What has its name is on the disk for good (fsync).
+than COPIED bytes are not copied: training waits while they are written. What has its name is on the disk for good (fsync). A run at a
+URL (`away`) sends each one there when it is whole, in the same thread, its state.json last.
 
 The learning rate, the order of the examples and every random number are functions of the step, so they need no state.
 """
@@ -17,7 +20,8 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -26,8 +30,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from rayward import sharding
+from rayward import places, sharding
+from rayward.away import Away, patiently
 from rayward.errors import DataError, RaywardError
+from rayward.places import Place
 from rayward.storage import publish, sibling
 
 KEEP = 2  # checkpoints to go on from: the last, and the one before should the last be damaged
@@ -38,15 +44,18 @@ class Writer:
     """Writes checkpoints into FOLDER, one at a time, while training goes on. Every worker calls it; the first one writes.
 
     `with Writer(...)` ends with nothing left to write, whatever ended it. Where a model is spread over workers (`sharded`), they put
-    the weights together for a checkpoint of weights alone, and write one to go on from together, each its share.
+    the weights together for a checkpoint of weights alone, and write one to go on from together, each its share. With `away` checkpoints
+    also go to a URL, and the workers need share no disk.
     """
 
-    def __init__(self, folder: Path, rank: int = 0, sharded: bool = False):
-        self.folder, self.rank, self.sharded = folder, rank, sharded
+    def __init__(self, folder: Path, rank: int = 0, sharded: bool = False, away: Away | None = None):
+        self.folder, self.rank, self.sharded, self.away = folder, rank, sharded, away
         self._thread: threading.Thread | None = None
         self._failed: list[Exception] = []
         if rank == 0:
             _tidy(folder)
+            if away is not None:
+                _tidy_away(away)
 
     def __enter__(self) -> Writer:
         return self
@@ -66,8 +75,12 @@ class Writer:
         optimizer: torch.optim.Optimizer | None,
         state: Mapping[str, Any],
         average: Mapping[str, torch.Tensor] | None = None,
+        best: Iterable[int] = (),
     ) -> None:
-        """Begin to write FOLDER/NAME as things are now; it is there whole or not at all."""
+        """Begin to write FOLDER/NAME as things are now; it is there whole or not at all.
+
+        Weights kept as among the best go when neither `best` (steps) nor a checkpoint to go on from names them.
+        """
         if self.sharded and optimizer is not None:
             return self._save_shards(name, model, optimizer, state, average)
         weights = trained_tensors(model)
@@ -83,10 +96,10 @@ class Writer:
             files["average.safetensors"] = dict(average)
         self.wait()
         if sum(t.nbytes for tensors in files.values() for t in tensors.values()) > COPIED:
-            self._write(self.folder / name, files, _said(state))
+            self._write(self.folder / name, files, _said(state), set(best))
             return self.wait()
         copies = {file: {n: t.detach().to("cpu", copy=True).contiguous() for n, t in tensors.items()} for file, tensors in files.items()}
-        self._thread = threading.Thread(target=self._write, args=(self.folder / name, copies, _said(state)))
+        self._thread = threading.Thread(target=self._write, args=(self.folder / name, copies, _said(state), set(best)))
         self._thread.start()
         return None
 
@@ -99,15 +112,31 @@ class Writer:
         if self.rank == 0:
             shutil.rmtree(stage, ignore_errors=True)
             stage.mkdir(parents=True)
+            if self.away is not None:
+                self.away.remove(name)
+        elif self.away is not None:
+            for sent in set(self.folder.glob(".step-*.partial")) - {stage}:  # left on a disk that the first worker does not see
+                shutil.rmtree(sent, ignore_errors=True)
         try:
             sharding.save(stage, _all_tensors(model, optimizer, average))  # begins and ends with all workers together
+            if self.away is not None:
+                self._send_shards(stage, target.name)
             if self.rank == 0:
                 (stage / "state.json").write_text(_said(state), encoding="utf-8")
-                self._finish(stage, target)
+                self._finish(stage, target, set())
         except Exception as error:  # torch's own kind holds the error of every worker
             if self.rank == 0:
                 shutil.rmtree(stage, ignore_errors=True)
             raise _unwritten(target, error) from error
+
+    def _send_shards(self, stage: Path, name: str) -> None:
+        """Send this worker's share: on a disk of its own nobody else could. The first one goes on when all are there."""
+        assert self.away is not None
+        mine = (stage / sharding.SHARDS).glob(f"__{self.rank}_*")
+        for file in sorted((*mine, stage / sharding.SHARDS / ".metadata") if self.rank == 0 else mine):
+            to = self.away.there / name / sharding.SHARDS / file.name
+            patiently(partial(places.send, file, to), to)
+        sharding.meet()
 
     def wait(self) -> None:
         """Until what was begun is on disk; an error of the writing is raised here."""
@@ -117,7 +146,7 @@ class Writer:
         if self._failed:
             raise self._failed.pop()
 
-    def _write(self, target: Path, files: Mapping[str, Mapping[str, torch.Tensor]], state: str) -> None:
+    def _write(self, target: Path, files: Mapping[str, Mapping[str, torch.Tensor]], state: str, best: set[int]) -> None:
         stage = target.with_name(f".{target.name}.partial")
         try:
             shutil.rmtree(stage, ignore_errors=True)
@@ -125,18 +154,26 @@ class Writer:
             for file, tensors in files.items():
                 save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, stage / file)
             (stage / "state.json").write_text(state, encoding="utf-8")
-            self._finish(stage, target)
+            self._finish(stage, target, best)
         except Exception as error:  # raised by the next wait, in the thread of the training; safetensors has its own kind
             shutil.rmtree(stage, ignore_errors=True)
             self._failed.append(_unwritten(target, error))
 
-    def _finish(self, stage: Path, target: Path) -> None:
+    def _finish(self, stage: Path, target: Path, best: set[int]) -> None:
         for path in (*(p for p in stage.rglob("*") if p.is_file()), stage):
             _to_disk(path)
         publish(stage, target)
         _to_disk(target.parent)
-        for old in steps(self.folder)[:-KEEP]:
-            shutil.rmtree(old, ignore_errors=True)
+        if self.away is not None:  # of a spread model only this worker's share lies here, and all shares are there already
+            spread = (target / sharding.SHARDS).is_dir()
+            self.away.send("metrics.jsonl", f"{target.name}/state.json" if spread else target.name)
+        kept = steps(self.folder)[-KEEP:]
+        needed = best | {entry["step"] for path in kept for entry in read_state(path).get("kept") or ()}
+        for old in _outlived([path.name for path in self.folder.iterdir()], needed):
+            places.remove(self.folder / old)
+        if self.away is not None:  # which may hold what another node sent
+            for old in _outlived(self.away.whole(), needed):
+                self.away.remove(old)
 
 
 def _to_disk(path: Path) -> None:
@@ -161,7 +198,28 @@ def _tidy(folder: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
+def _tidy_away(away: Away) -> None:
+    """Take away what was half sent: what has no state.json is no checkpoint."""
+    whole = set(away.whole())
+    for name in sorted(away.names() - whole):
+        if name.startswith(("step-", "best-", "last")):
+            away.remove(name)
+
+
+def _outlived(names: Iterable[str], needed: set[int]) -> list[str]:
+    """Of the names of checkpoints those that may go: all but the last to go on from, and the best of the steps that are needed.
+
+    >>> _outlived(["step-00000002", "step-00000004", "step-00000006", "best-00000002", "best-00000006", "last"], {6})
+    ['step-00000002', 'best-00000002']
+    """
+    ordered = sorted(names)
+    bests = [name for name in ordered if name.startswith("best-") and int(name.removeprefix("best-")) not in needed]
+    return [name for name in ordered if name.startswith("step-")][:-KEEP] + bests
+
+
 def _unwritten(target: Path, error: Exception) -> RaywardError:
+    if isinstance(error, RaywardError):  # of the URL, with its own way out
+        return error
     kept = steps(target.parent)
     start = f"goes on from {kept[-1].name}" if kept else "begins anew"
     return RaywardError(f"checkpoint {target} cannot be written: {error}\n  -> make room on that disk; the same command {start}")
@@ -205,20 +263,32 @@ def flat_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Te
     return tensors, plain
 
 
+def best_name(step: int) -> str:
+    """The name of the weights kept as among the best at a step."""
+    return f"best-{step:08d}"
+
+
 def steps(folder: Path) -> list[Path]:
     """Checkpoints to go on from, oldest first."""
     return sorted(p for p in folder.glob("step-*") if (p / "state.json").is_file())
 
 
-def read_state(path: Path) -> dict[str, Any]:
+def best(folder: Path) -> list[Path]:
+    """The weights that did best on validation, the best first, as the last checkpoint names them."""
+    kept = steps(folder)
+    named = [folder / best_name(entry["step"]) for entry in (read_state(kept[-1]).get("kept") or () if kept else ())]
+    return [path for path in named if (path / "state.json").is_file()]
+
+
+def read_state(path: Place) -> dict[str, Any]:
     """The state.json of a checkpoint."""
     try:
-        return json.loads((path / "state.json").read_text(encoding="utf-8"))
+        return json.loads(places.read(path / "state.json"))
     except (OSError, ValueError) as error:
         raise _damaged(path, error) from error
 
 
-def _damaged(path: Path, error: Exception) -> DataError:
+def _damaged(path: Place, error: Exception) -> DataError:
     if isinstance(error, DataError):
         return error
     newest = "" if path.name.startswith("step-") else " and the newest step-* beside it"

@@ -199,8 +199,16 @@ def public(text: str) -> str:
 
     >>> public("s3://KEY:SECRET@bucket/rows"), public("a@b")
     ('s3://bucket/rows', 'a@b')
+
+    Also of a password that should have been escaped, which may hold an @ or a slash:
+
+    >>> public("postgresql://u:p@ss@host/db"), public("postgresql://u:p/ss@host/db"), public("http://host:5000/a@b")
+    ('postgresql://host/db', 'postgresql://host/db', 'http://host:5000/a@b')
     """
-    return re.sub(r"(?<=://)[^/@\s]*@", "", text)
+    return _CREDENTIALS.sub("", text)
+
+
+_CREDENTIALS = re.compile(r"""(?<=://)(?:[^/\s,"']*@|[^/@\s:,]*:(?!\d+(?:[/?#,]|$))[^\s,"']*?@)""")
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

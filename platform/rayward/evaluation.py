@@ -18,6 +18,7 @@ import hashlib
 import io
 import json
 import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,8 +28,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rayward import metrics
+from rayward import metrics, places
 from rayward.errors import DataError
+from rayward.places import Place, at, telling
 from rayward.records import Example, Rejected, prompt_id
 from rayward.storage import publish, sibling
 
@@ -439,9 +441,12 @@ def _segment_plots(examples: Sequence[Example], scores: metrics.Scores) -> dict[
 # ------------------------------------------------------------------------------------------------------------------- files
 
 
-def write_report(output: str, report: Report, rows: pa.Table) -> Path:
+def write_report(output: str, report: Report, rows: pa.Table) -> Place:
     """OUTPUT/report.json, report.html and scores.parquet, whole or not at all; a report that stood there is replaced."""
     folder = check_output(output)
+    if not isinstance(folder, Path):
+        with tempfile.TemporaryDirectory(prefix="rayward-report-") as here:
+            return places.send(write_report(f"{here}/report", report, rows), folder)
     stage = sibling(folder, "partial")
     shutil.rmtree(stage, ignore_errors=True)
     stage.mkdir(parents=True)
@@ -455,10 +460,16 @@ def write_report(output: str, report: Report, rows: pa.Table) -> Path:
     return folder
 
 
-def check_output(output: str) -> Path:
+def check_output(output: str) -> Place:
     """The folder of a report: one that is not there yet, is empty, or holds a report that may be replaced; else a DataError."""
-    folder = Path(output)
+    folder = at(output)
     sibling(folder, "partial")
+    if not isinstance(folder, Path):
+        with telling(folder):
+            held = places.listing(folder, deep=True)
+        if held and "report.json" not in held:
+            raise DataError(f"{folder} already holds something else", "choose another --output")
+        return folder
     taken = folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / "report.json").is_file())
     if taken:
         raise DataError(f"{folder} already holds something else", "choose another --output")

@@ -116,6 +116,15 @@ def _weights(path: str) -> dict[str, str]:
     return where if layout_of(where) else {**where, **_names(_file(path, BESIDE))}
 
 
+def stored_tensor(path: str, name: str) -> Tensor | None:
+    """A weight of a folder, or of a model on the hub, by its name; None where it has none of that name."""
+    where = _weights(path)
+    if name not in where:
+        return None
+    with safe_open(where[name], "pt") as tensors:
+        return tensors.get_tensor(name).float()
+
+
 def _names(file: str | None) -> dict[str, str]:
     if not file:
         return {}

@@ -8,11 +8,16 @@
     three_class  3  wrong, neutral, right     the logit of P(right) + P(neutral) / 2
     attributes   A  one per attribute         their weighted mean
     debiased     2  quality, length           quality: what the answer's length explains is left behind (ODIN, arXiv 2402.07319)
+    verdict      3  wrong, right, rest        right - wrong: logits of two tokens in a language model's own output layer
 
 A head is linear, or has a hidden layer (`layers=2`). It can start from rows of a language model's output layer (`start_from_rows`): with
 two classes, tokens "+ -" and the loss on these two logits alone it is the process reward model of Math-Shepherd (arXiv 2312.08935, eq. 2).
 With `scalar` and one token the score starts as that token's logit, as in the verifier of Cobbe et al. (2021, arXiv 2110.14168):
 their gain is the length of the row, and their bias is the same for every answer.
+
+`verdict` has no weights: it reads the output layer that the language model goes on having, so that what it learns a plain language
+model says too (Zhang et al. 2024, arXiv 2408.15240). rest is the log-sum-exp of all other logits; with it the loss may be that of the
+next token (objective `next_token`), without it that of the two tokens alone.
 
 >>> import torch
 >>> Reading("two_class", ("wrong", "right"))(torch.tensor([[[0.0, 2.0]]]))
@@ -43,6 +48,8 @@ class Reading:
     names: tuple[str, ...] = ("score",)
     weights: tuple[float, ...] = ()  # of attributes, summing to 1
     layers: int = 1
+    tokens: tuple[int, ...] = ()  # of a tied head: the ids of right and wrong
+    output_layer: str = ""  # what the class calls the language model's output layer, where it is kept; or vocabulary.TIED
 
     def __call__(self, output_GKC: Tensor) -> Tensor:
         """score_GK."""
@@ -57,6 +64,16 @@ class Reading:
         """The names that a target may have."""
         return self.names if self.kind == "attributes" else ()
 
+    @property
+    def tied(self) -> bool:
+        """Whether it reads the language model's output layer, and has no weights of its own."""
+        return KINDS[self.kind].tied
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The outputs that a plain classifier has: of a tied head those of its two tokens."""
+        return self.names[:2] if self.tied else self.names
+
     def pick(self, output_GKC: Tensor, column_GK: Tensor) -> Tensor:
         """score_GK: the output that a target is about, and the score of all of them where it is about none (-1)."""
         score_GK = self(output_GKC)
@@ -67,7 +84,8 @@ class Reading:
 
     def as_notes(self) -> dict[str, Any]:
         """What is saved with a model."""
-        return {"kind": self.kind, "names": list(self.names), "weights": list(self.weights), "layers": self.layers}
+        language = {"tokens": list(self.tokens), "output_layer": self.output_layer} if self.output_layer else {}
+        return {"kind": self.kind, "names": list(self.names), "weights": list(self.weights), "layers": self.layers, **language}
 
     @classmethod
     def of_notes(cls, notes: Mapping[str, Any] | None) -> Reading:
@@ -75,7 +93,8 @@ class Reading:
         if not notes:
             return cls()
         choose(KINDS, notes["kind"], "head")
-        return cls(notes["kind"], tuple(notes["names"]), tuple(notes["weights"]), notes["layers"])
+        said = {name: notes[name] for name in ("layers", "tokens", "output_layer") if name in notes}
+        return cls(notes["kind"], tuple(notes["names"]), tuple(notes["weights"]), **{**said, "tokens": tuple(said.get("tokens") or ())})
 
 
 @dataclass(frozen=True)
@@ -85,6 +104,7 @@ class Kind:
     names: tuple[str, ...]  # (): the attributes of the examples
     read: Callable[[Tensor, Reading], Tensor]
     tokens: tuple[int, ...] = ()  # how many tokens of a language model it can start from, in the order right, (neutral,) wrong
+    tied: bool = False  # it reads the output layer itself
 
 
 def _three_class(output_GKC: Tensor, reading: Reading) -> Tensor:
@@ -104,6 +124,9 @@ KINDS: dict[str, Kind] = {
     "three_class": Kind(("wrong", "neutral", "right"), _three_class, tokens=(3,)),
     "attributes": Kind((), _weighted_mean),
     "debiased": Kind(("quality", "length"), lambda output_GKC, reading: output_GKC[..., 0]),
+    "verdict": Kind(
+        ("wrong", "right", "rest"), lambda output_GKC, reading: output_GKC[..., 1] - output_GKC[..., 0], tokens=(2,), tied=True
+    ),
 }
 
 

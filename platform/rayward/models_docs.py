@@ -53,6 +53,34 @@ that transformers' `AutoModelForSequenceClassification` knows is a body; setting
 plain Hugging Face folder; where the head has one layer and the pooling is the class's own, plain transformers gives the same scores.
 """
 
+_WEIGHTS = """Of `attributes`, `net.attribute_weights='{"helpful": 2, "verbose": -0.5}'` says what each weighs in the score; they are
+divided by their sum, which must be above 0. A negative weight takes off what goes with an attribute, e.g. length.
+"""
+
+_VERIFIERS = """## Generative verifiers
+
+    --set 'render.judge=Is it correct? Reply Yes or No.' --set 'net.head_tokens=Yes No' --set net.head=verdict --set net.new_head=true
+
+A question follows every answer, and what is read is the token that a reply would begin with. `render.judge` is a turn of the user's after
+the answer; with `{answer}` in it, and `{prompt}`, it is all that the model is shown. Use that where a chat template drops the thoughts
+of earlier turns (such examples are rejected, with that word), or where a judge's prompt is given. `render.judge_reply` is how
+the reply begins before its verdict. Nothing of the question is ever cut off. It comes into the config, so that scoring, pyfunc and
+HTTP ask the same.
+
+The score is the logit of the first token minus that of the second: what `AutoModelForCausalLM` says there, trained further. Three ways:
+
+| | trained | what is left |
+|---|---|---|
+| `head=two_class`, `binary_cross_entropy` | two rows, begun as those of the tokens | a classifier |
+| `head=verdict`, `binary_cross_entropy` | the output layer itself, softmax over the two tokens | both that and a language model |
+| `head=verdict`, `next_token` | the same, softmax over all tokens | the same, and it replies with a verdict when it is sampled |
+
+What `verdict` leaves loads with `AutoModelForCausalLM` as it stands; where a server goes by the name of the class, say which, e.g. vLLM's
+`--hf-overrides '{"architectures": ["Qwen3ForCausalLM"]}'`. As every objective works on scores, so does `bradley_terry` on a
+verifier's. Where input and output share one embedding, `verdict` reads that, and `train.shard` and `freeze_layers=-1` are not for it.
+`net.language=true` keeps the output layer beside any other head, for `--regularise '{"language": 0.5}'`.
+"""
+
 _BODIES = """## Bodies
 
 What a body can do is found out by asking it: a prompt with two answers, in one row and in two. It shares prompts if
@@ -64,8 +92,8 @@ What a body can do is found out by asking it: a prompt with two answers, in one 
 
 Otherwise the fit says so in one line, and every answer is a sequence of its own. The scores are the same; only the time is not. Attention
 over segments, without masks, is used on a CPU where a body with it says what it says with a mask; soft caps, sinks and bodies with an
-attention of their own keep masks. Experts are chosen token by token, so that rows change nothing for them; the losses that balance
-experts are not part of training.
+attention of their own keep masks. Experts are chosen token by token, so that rows change nothing for them;
+`--regularise '{"balance": 0.01}'` keeps them in balance ([objectives.md](objectives.md)).
 
 A body without a sequence classifier in transformers (Mamba) is refused with a word.
 """
@@ -92,11 +120,12 @@ def page() -> str:
     lines += [
         "the language model's rows of these tokens, right first; a scalar head of one token starts as that token's logit (Cobbe et al.,"
     ]
-    lines += ["arXiv 2110.14168: their gain is the length of the row, and their bias is the same for every answer).", "", "## Poolings", ""]
+    lines += ["arXiv 2110.14168: their gain is the length of the row, and their bias is the same for every answer).", ""]
+    lines += [_WEIGHTS, "## Poolings", ""]
     lines += ["| `net.pooling` | numbers | reads |", "|---|---|---|", *(f"| `{n}` | {d} | {said} |" for n, d, said in drawn(pooling)), ""]
     lines += ["D is the hidden size. `auto` is `last` for a causal body and `own` for an encoder. All but `last` read the whole sequence,"]
     lines += ["prompt and answer, give one score per answer, and share no prompts; `mean_max` needs a head of twice the width:"]
-    lines += ["`net.new_head=true`.", "", _BODIES, "| body | |", "|---|---|"]
+    lines += ["`net.new_head=true`.", "", _VERIFIERS, _BODIES, "| body | |", "|---|---|"]
     lines += [f"| {', '.join(f'`{b}`' for b, does in BODIES.items() if does == kind)} | {said} |" for kind, said in _SAYS.items()]
     lines += ["", _FOREIGN, "| weights of the head | written by |", "|---|---|"]
     lines += [f"| {', '.join(f'`{w}`' for w in names.split(', '))} | {by} |" for names, by in drawn(foreign)]

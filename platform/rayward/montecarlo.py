@@ -16,25 +16,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from rayward import dataflow
+from rayward import dataflow, places
 from rayward.config import choose, parse_settings, resolve
 from rayward.dataflow import Made, Recipe
 from rayward.dataflow.engine import run, session
 from rayward.dataflow.recipe import announce
 from rayward.grading import Verdict, check_gold, grader_version, make_grader, verdict
 from rayward.labels.judgements import CONTINUATION, reject
+from rayward.places import Place, at
 from rayward.policies import POLICIES, TOGETHER, Policy, drawn_by, gpus_of, make_policy
 from rayward.policies.asking import Asker, Budget, Question, Reply, VerdictLog
 from rayward.progress import Progress
@@ -57,7 +55,7 @@ from rayward.schemes import (
 )
 from rayward.schemes import Budget as DrawBudget
 from rayward.steps import is_terminal
-from rayward.storage import Dataset, open_dataset, sibling
+from rayward.storage import Dataset, open_dataset, opened, sibling
 
 VERDICTS = ("right", "wrong", "unparsed", "timeouts", "truncated", "failed")
 DIGITS = 9  # of an estimate that are kept: the last bits depend on what is computed beside it
@@ -122,7 +120,7 @@ class StepSampling:
         """Who draws, as logs and labels name it."""
         return drawn_by(self.policy, parse_settings(self.policy_settings, "policy_settings"))
 
-    def asker(self, log: Path) -> Asker:
+    def asker(self, log: Place) -> Asker:
         """The policy with its log and budget."""
         return Asker(_policy(self.policy, self.policy_settings), self.who(), VerdictLog(log, hold=256), self.budgets()[0], self.seed)
 
@@ -135,8 +133,8 @@ def _policy(name: str, settings: str) -> Policy:
 
 def label_steps(recipe: Recipe, source: Dataset, settings: StepSampling, log: str = "", actors: int = 1) -> Dataset:
     """Step examples of the answers of a dataset of rollouts, by drawing."""
-    folder = (Path(log) if log else sibling(Path(recipe.output), "verdicts")).absolute()
-    name = Path(recipe.output).name
+    folder = (at(log) if log else sibling(at(recipe.output), "verdicts")).absolute()
+    name = at(recipe.output).name
     if recipe.already_made():
         made = announce(open_dataset(recipe.output, "examples"))
     else:
@@ -148,8 +146,9 @@ def label_steps(recipe: Recipe, source: Dataset, settings: StepSampling, log: st
         finally:
             _policy.cache_clear()
     spent, counts = VerdictLog(folder).spent(), Counter[str]()
-    for file in sorted((folder / "tally" / name).glob("*.json")):
-        counts += Counter(json.loads(file.read_text(encoding="utf-8")))
+    tallies = folder / "tally" / name
+    for tally in places.read_many(tallies, [n for n in places.listing(tallies) if n.endswith(".json")]).values():
+        counts += Counter(json.loads(tally))
     said = ", ".join(f"{name} {n:,}" for name, n in counts.items() if name != "abstained")
     print(f"{folder}: {spent.requests:,} completions and {spent.tokens:,} tokens paid so far, pilots among them", file=sys.stderr)
     print(f"verdicts: {said or 'none'} (a draw that answers share counts for each)", file=sys.stderr)
@@ -160,14 +159,14 @@ def label_steps(recipe: Recipe, source: Dataset, settings: StepSampling, log: st
 # -------------------------------------------------------------------------------------------------------------------- the pilot
 
 
-def find_out(recipe: Recipe, source: Dataset, settings: StepSampling, log: Path) -> Finding:
+def find_out(recipe: Recipe, source: Dataset, settings: StepSampling, log: Place) -> Finding:
     """What a pilot says of the policy, in words on stderr: from beside the log, where an earlier run left it, or drawn now."""
     told = {**asdict(settings.rules()), **asdict(settings.pilot())}
     told |= {name: getattr(settings, name) for name in ("grader", "most_per_solution", "seed")}
     about = {"source": source.manifest.digest, "policy": settings.who(), **told}
     path = log / f"pilot-{hashlib.blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=6).hexdigest()}.json"
     if path.is_file():
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(places.read(path))
     else:
         parts = source.parts
         few = [parts[n * len(parts) // LOOK_IN] for n in range(LOOK_IN)] if len(parts) > LOOK_IN else parts
@@ -182,10 +181,7 @@ def find_out(recipe: Recipe, source: Dataset, settings: StepSampling, log: Path)
             actors=1,
             gpus=gpus_of(settings.policy),
         )
-        log.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(f".{os.getpid()}")
-        aside.write_text(json.dumps({**found, "about": about}, indent=2) + "\n", encoding="utf-8")
-        os.replace(aside, path)
+        places.write(path, json.dumps({**found, "about": about}, indent=2) + "\n")
     print(f"{path}: {found['finding']['says']}; {found['completions']:,} completions", file=sys.stderr)
     return Finding(**found["finding"])
 
@@ -196,7 +192,7 @@ class _Pilot:
     def __init__(self, settings: StepSampling, log: str):
         self.settings = settings
         make_grader(settings.grader)
-        self.asker = settings.asker(Path(log))
+        self.asker = settings.asker(at(log))
 
     def __call__(self, task: Mapping[str, Any]) -> dict[str, Any]:
         rollouts = _first_rows(task["files"], LOOK_AT)
@@ -204,6 +200,7 @@ class _Pilot:
         settings, (_, budget) = self.settings, self.settings.budgets()
         every = make_scheme("exhaustive", ExhaustiveSettings(settings.pilot().n), settings.rules())
         drawn = draw([answers[i] for i in chosen], every, self.asker, settings.grader, budget, [solutions[i] for i in chosen], "pilot")
+        self.asker.log.flush()
         states = [tally.state(solutions[i]) for i, tally in zip(chosen, drawn.tallies, strict=True)]
         finding = measure(states, settings.want, settings.pilot())
         return {"finding": asdict(finding), "completions": drawn.completions, "looked_at": len(rollouts)}
@@ -225,7 +222,7 @@ def _first_rows(files: Sequence[str], rows: int) -> list[Rollout]:
     """So many rollouts, as many from the head of each file; parts are sorted by hash, so these are some by chance."""
     found: list[Rollout] = []
     for file in files:
-        with pq.ParquetFile(file) as part:
+        with opened(file) as part:
             batch = next(part.iter_batches(batch_size=max(1, rows // len(files))), None)
             if batch is not None:
                 found += rollouts_of(pa.Table.from_batches([batch]))
@@ -245,7 +242,7 @@ class _PartLabeler:
         make_grader(settings.grader)  # what it needs must be here before anything is drawn
         self.scheme = settings.made_scheme()
         self.budget = settings.budgets()[1]
-        self.asker = settings.asker(Path(log))
+        self.asker = settings.asker(at(log))
 
     def __call__(self, table: pa.Table) -> Made:
         rollouts = rollouts_of(table)
@@ -258,6 +255,7 @@ class _PartLabeler:
             else:
                 answers.append(rollout)
         drawn = draw(answers, self.scheme, self.asker, self.settings.grader, self.budget)
+        self.asker.log.flush()
         self.asker.log.forget()
         self._keep_tally(table, drawn)
         examples = []
@@ -273,10 +271,9 @@ class _PartLabeler:
         """What the verdicts of a part were, beside the log: a part that is done again writes the same file again."""
         if table.num_rows:
             folder = self.asker.log.folder / "tally" / self.name
-            folder.mkdir(parents=True, exist_ok=True)
             counts = {name: sum(sum(getattr(t, name)) for t in drawn.tallies) for name in VERDICTS}
             counts["abstained"] = sum(bool(d.abstained) for d in drawn.decisions)
-            (folder / f"{table['prompt_id'][0].as_py()[:16]}.json").write_text(json.dumps(counts), encoding="utf-8")
+            places.write(folder / f"{table['prompt_id'][0].as_py()[:16]}.json", json.dumps(counts))
 
     def _example(self, answer: Rollout, decision: Decision, tally: Tally) -> Example | Rejected:
         values = list(decision.hard if self.settings.want == "hard" else decision.soft)

@@ -7,7 +7,11 @@
 Every token id is produced once: a text is rendered by the tokenizer's chat template where it has one and plainly where not, cut into
 the prompt and what follows it, and each piece is tokenized without special tokens being added (so no doubled BOS). A place is the
 last token of its segment, computed from character offsets and lengths, not searched by token id (pad == eos does not matter); a step tag
-is, after it was checked to be one token.
+is, after it was checked to be one token. With `judge` a question follows every answer, and the place is where its reply would begin:
+
+    prompt         answer 1       question to a judge                       its reply
+    ... <|end|>    4 <|end|>      <|user|> Is it correct? Yes or No <|end|>  <|assistant|>
+                                                                                  ^ place
 
 Training, batch scoring, pyfunc and HTTP all come through here, so they see the same ids.
 """
@@ -15,6 +19,7 @@ Training, batch scoring, pyfunc and HTTP all come through here, so they see the 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,12 +42,23 @@ class RenderSettings:
     too_long: Literal["reject", "cut_prompt", "cut_answer", "cut"] = "reject"  # what is done with more: left out with both lengths said,
     # the start of the prompt cut off, the end of the answer, or the prompt down to a quarter of max_length and then the answer
     step_tag: str = ""  # a token put after every step, whose place is read instead of the step's last token, e.g. <extra_0>
+    judge: str = ""  # a question put after every answer, whose reply is read, e.g. "Is the answer correct? Reply Yes or No."; with
+    # {answer}, and {prompt}, in it, it is all that the model is shown
+    judge_reply: str = ""  # how that reply begins, before its verdict, e.g. "Verdict:"
 
     def __post_init__(self) -> None:
         if self.max_length < 2:
             raise ValueError(f"max_length={self.max_length} must be at least 2 tokens")
         if self.step_tag != self.step_tag.strip():
             raise ValueError(f"step_tag={self.step_tag!r} must not begin or end with white space: it would not be a token of its own")
+        if self.judge and self.step_tag:
+            raise ValueError(f"judge is asked about whole answers, and step_tag={self.step_tag} about their steps: leave one of them out")
+        if self.judge_reply and not self.judge:
+            raise ValueError(f"judge_reply={self.judge_reply!r} begins the reply to a judge, and there is none: give judge too")
+        if self.judge.count("{answer}") > 1 or ("{prompt}" in self.judge and "{answer}" not in self.judge):
+            raise ValueError(
+                f"judge={self.judge!r} must have {{answer}} once where it has it or {{prompt}}; without both it follows the answer"
+            )
 
 
 @dataclass(frozen=True)
@@ -82,6 +98,8 @@ class Renderer:
         self.attributes = tuple(attributes)
         self.templated = bool(getattr(tokenizer, "chat_template", None))
         self.before, self.after = ([], []) if self.templated else _special_tokens(tokenizer)
+        if settings.judge:
+            self.after = []  # a reply is to begin there
         self.tag = step_tag_id(tokenizer, settings.step_tag) if settings.step_tag else None
 
     def render(self, examples: Iterable[Example]) -> Iterator[Group | Rejected]:
@@ -114,6 +132,8 @@ class Renderer:
 
     def _texts(self, example: Example) -> _Texts | str:
         """The pieces to tokenize, and where in each answer's piece its segments end; or a reason."""
+        if self.settings.judge:
+            return self._judged(example)
         tag = self.settings.step_tag
         if tag and any((segment + tag).find(tag) < len(segment) for answer in example.answers for segment in answer):
             return f"step tag: the answer itself contains {tag}"
@@ -143,6 +163,36 @@ class Renderer:
             ends.append([int(size) + at for size in sizes])
         return _Texts(prompt, tails, ends)
 
+    def _judged(self, example: Example) -> _Texts | str:
+        """The pieces where a judge is asked: what comes before, and every answer with the question and the opening of a reply."""
+        from jinja2.exceptions import TemplateError
+
+        if any(len(answer) > 1 for answer in example.answers):
+            return "judge: its verdict is on whole answers, and these have a target for every step"
+        answers = [answer[0] for answer in example.answers]
+        try:
+            opening, *closing = self._asked(example.prompt, _ANSWER).split(_ANSWER)
+            wholes = [self._asked(example.prompt, answer) for answer in answers]
+        except (TemplateError, ValueError) as error:
+            return f"chat template refuses: {error}"
+        middles = [whole[len(opening) : len(whole) - len(closing[-1])] for whole in wholes] if len(closing) == 1 else []
+        for answer, whole, middle in zip(answers, wholes, middles, strict=False):
+            if whole != opening + middle + closing[0] or middle.strip() != answer.strip():
+                middles = []
+        if not middles:  # it leaves out the thoughts of earlier turns, say
+            return "chat template changes an answer that a question follows: show it in the question, with {answer} in render.judge"
+        return _Texts(opening, [middle + closing[0] for middle in middles], [[len(middle)] for middle in middles])
+
+    def _asked(self, prompt: Prompt, answer: str) -> str:
+        """A judge's question about an answer, up to where its verdict would stand."""
+        judge, turns = self.settings.judge, (*prompt, Message("assistant", answer))
+        if "{answer}" in judge:
+            question = prompt[0].content if len(prompt) == 1 else plain(prompt).removesuffix("\n\nAssistant: ")
+            said = {"{prompt}": question, "{answer}": answer}
+            judge, turns = re.sub(r"\{prompt\}|\{answer\}", lambda place: said[place[0]], judge), ()
+        turns = (*turns, Message("user", judge))
+        return (self._template(turns, open_answer=True) if self.templated else plain(turns).rstrip()) + self.settings.judge_reply
+
     def _template(self, messages: Prompt, open_answer: bool) -> str:
         turns = [{"role": m.role, "content": m.content} for m in messages]
         return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=open_answer))
@@ -152,6 +202,7 @@ class Renderer:
     ) -> Group | str:
         ids: list[list[int]] = []
         places: list[list[int]] = []
+        closing: list[int] = []  # tokens of every answer that are never cut off
         for (tokens, offsets), ends in zip(answers, text.ends, strict=True):
             tokens = list(tokens) + self.after
             starts = np.array([start for start, _ in offsets])
@@ -166,8 +217,9 @@ class Renderer:
                 return "no token: two steps end in one token"
             ids.append(tokens)
             places.append(at)
+            closing.append(int((starts >= ends[-1]).sum()) if self.settings.judge else 0)
         before = len(prompt)
-        cut = self._fit(prompt, ids, places)
+        cut = self._fit(prompt, ids, places, closing)
         if isinstance(cut, str):
             return cut
         prompt, ids = cut
@@ -204,8 +256,10 @@ class Renderer:
             )
         return np.empty(0, np.int32)
 
-    def _fit(self, prompt: list[int], ids: list[list[int]], places: list[list[int]]) -> tuple[list[int], list[list[int]]] | str:
-        """What fits into max_length, cut as the settings say; or a reason with both lengths."""
+    def _fit(
+        self, prompt: list[int], ids: list[list[int]], places: list[list[int]], closing: list[int]
+    ) -> tuple[list[int], list[list[int]]] | str:
+        """What fits into max_length, cut as the settings say, with the `closing` tokens of every answer; or a reason with both lengths."""
         limit, longest, how = self.settings.max_length, max(map(len, ids)), self.settings.too_long
         if len(prompt) + longest <= limit:
             return prompt, ids
@@ -214,17 +268,21 @@ class Renderer:
         least = {"reject": limit, "cut_prompt": fixed + 1, "cut_answer": len(prompt), "cut": max(fixed + 1, limit // 4)}[how]
         keep = min(len(prompt), max(least, limit - longest))
         room = limit - keep
-        if how == "reject" or room < 1 or (how == "cut_prompt" and room < longest):
+        if how == "reject" or room < 1 + max(closing) or (how == "cut_prompt" and room < longest):
             return too_long
         if any(p >= room for at in places for p in (at if self.tag is not None else at[:-1])):
             return too_long + ", and the end of a step would be cut off"
         prompt = prompt[:fixed] + prompt[len(prompt) - (keep - fixed) :]
         for n, tokens in enumerate(ids):
-            ids[n] = tokens[:room]
+            kept = min(room, len(tokens)) - closing[n]
+            ids[n] = tokens[:kept] + tokens[len(tokens) - closing[n] :]
             places[n][-1] = min(places[n][-1], room - 1)
             if len(set(places[n])) < len(places[n]):
                 return too_long + ", and a step would be cut off"
         return prompt, ids
+
+
+_ANSWER = "\ue000answer\ue000"  # stands for an answer, to see where a template puts it
 
 
 @dataclass(frozen=True)

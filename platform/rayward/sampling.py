@@ -22,11 +22,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import islice
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from rayward import dataflow
 from rayward.config import choose, parse_settings
@@ -36,10 +34,11 @@ from rayward.formats import Piece, Unreadable, as_prompt, decode, find_files, ke
 from rayward.grading import Verdict, check_gold, grader_version, make_grader, verdict
 from rayward.labels.judgements import reject
 from rayward.montecarlo import gold_of
+from rayward.places import Place
 from rayward.policies import POLICIES, Completion, Policy, Request, gpus_of, make_policy, stream
 from rayward.progress import Progress
 from rayward.records import BadRecord, Message, Prompt, Rejected, Rollout, check_text, rejects_table, rollouts_of, rollouts_table
-from rayward.storage import Dataset
+from rayward.storage import Dataset, read_table
 from rayward.toy_world import ToyWorld, seed_of
 
 CHUNK = 64  # problems of one task: what is lost, at the most, when a run is killed
@@ -121,7 +120,7 @@ def sample(recipe: Recipe, problems: str, settings: SampleSettings, parts: int =
     size *= settings.answers + settings.continued * settings.continuations * 4  # a guess: an answer as long as its problem, of 4 steps
     gpus = gpus_of(settings.policy)
     made = dataflow.ingest(recipe, tasks, produce, unit="chunks", size=size, parts=parts, actors=actors or int(gpus != 0), gpus=gpus)
-    outcomes = Counter(said for part in made.parts for said in pq.read_table(part, columns=["correct"])["correct"].to_pylist())
+    outcomes = Counter(said for part in made.parts for said in read_table(part, columns=["correct"])["correct"].to_pylist())
     told = ", ".join(
         f"{outcomes[value]:,} {name}" for value, name in ((True, "right"), (False, "wrong"), (None, "unknown")) if outcomes[value]
     )
@@ -301,8 +300,12 @@ def _regraded(rollout: Rollout, gold: str, grader: str) -> Rollout:
     return replace(rollout, correct=said.right, reward=now if follows else rollout.reward, provenance={**kept, **_told(said, grader)})
 
 
-def _changes(before: Path, after: Path) -> Counter[str]:
+def _outcomes(part: Place) -> pa.Table:
+    return read_table(part, columns=["id", "correct"])
+
+
+def _changes(before: Place, after: Place) -> Counter[str]:
     """How many outcomes of a part are what they were, or became another."""
     names = {True: "right", False: "wrong", None: "unknown"}
-    was, now = (dict(zip(*(pq.read_table(path)[c].to_pylist() for c in ("id", "correct")), strict=True)) for path in (before, after))
+    was, now = (dict(zip(*(table[c].to_pylist() for c in ("id", "correct")), strict=True)) for table in map(_outcomes, (before, after)))
     return Counter(names[o] if o is was[i] else f"{names[was[i]]} that became {names[o]}" for i, o in now.items())

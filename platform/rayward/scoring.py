@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from rayward.config import resolve
 from rayward.dataflow import Made, Recipe
 from rayward.errors import DataError
 from rayward.labels import Labeler, label_table
+from rayward.places import Place, fetch
 from rayward.records import ROLLOUT_SCHEMA, Example, Rejected, Rollout, rejects_table, rollouts_of
 from rayward.rendering import Group, Renderer, RenderSettings
 from rayward.reward_model import ModelSettings, RewardModel, load_model, score_groups
@@ -42,9 +42,9 @@ class Scorer:
     batch: BatchSettings = BatchSettings()
 
     @classmethod
-    def load(cls, folder: str | Path, *, trust_remote_code: bool = False) -> Scorer:
-        """A trained model from its folder, on a GPU if there is one, rendering as it did in training."""
-        loaded = load_model(str(folder), ModelSettings(trust_remote_code=trust_remote_code))
+    def load(cls, folder: str | Place, *, trust_remote_code: bool = False) -> Scorer:
+        """A trained model from its folder (at a URL: a copy in the cache), on a GPU if there is one, rendering as it did in training."""
+        loaded = load_model(str(fetch(folder)), ModelSettings(trust_remote_code=trust_remote_code))
         render = resolve(RenderSettings, loaded.notes.get("render") or {})
         model = loaded.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         return cls(model, Renderer(loaded.tokenizer, render, model.reading.attributes), loaded.notes)

@@ -88,6 +88,11 @@ def load(folder: Path, tensors: dict[str, Tensor]) -> None:
     dcp.load(tensors, checkpoint_id=folder / SHARDS)
 
 
+def meet() -> None:
+    """Wait until all workers have come here."""
+    dist.barrier()
+
+
 def states(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """An optimizer's moments by name, made (as zeros) where no step was taken yet, or a parameter never had a gradient."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]

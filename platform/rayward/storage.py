@@ -9,7 +9,8 @@ A part holds a *range* of prompt hashes, so all records of one prompt lie togeth
 sorted table, whatever their number. That makes three things cheap: grouping by prompt (nothing is ever shuffled again), the
 digest (the same rows give the same digest, however they were cut or who worked on them), and carrying on part by part.
 
-A dataset appears whole or not at all: it is built in a folder beside OUTPUT and renamed when its manifest is written.
+A dataset appears whole or not at all. On disk it is built in a folder beside OUTPUT and renamed when its manifest is written. At a URL
+(`places`) nothing can be renamed: the parts are copied by the store, the manifest last, and without a manifest there is no dataset.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -31,12 +33,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from rayward import __version__
+from rayward import __version__, places
 from rayward.errors import DataError
+from rayward.places import File, Place, at, listing, telling
 from rayward.records import EXAMPLE_SCHEMA, ROLLOUT_SCHEMA
 
 LEAVES = 256  # a digest is taken over each of 256 ranges of prompt hashes; a dataset has 1, 2, 4, ... or 256 parts
 PART_BYTES = 64 * 2**20  # what one part should hold at most, before compression
+PUBLISHING = ".publishing"  # an object in an output at a URL while its dataset is being copied there
 
 
 @dataclass(frozen=True)
@@ -226,20 +230,25 @@ def whole_digest(leaves: Mapping[str, str]) -> str:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A dataset on disk."""
+    """A dataset at rest, on disk or at a URL."""
 
-    path: Path
+    path: Place
     manifest: Manifest
 
+    @cached_property
+    def _files(self) -> dict[str, File]:
+        """Its Parquet files by name, looked up once."""
+        return {n: file for n, file in listing(self.path).items() if n.startswith("part-") and n.endswith(".parquet")}
+
     @property
-    def parts(self) -> list[Path]:
+    def parts(self) -> list[Place]:
         """Its Parquet files, in order."""
-        return sorted(self.path.glob("part-*.parquet"))
+        return [self.path / name for name in self._files]
 
     def tables(self) -> Iterator[pa.Table]:
         """Its parts, one table at a time."""
         for part in self.parts:
-            yield pq.read_table(part)
+            yield read_table(part)
 
     def table(self) -> pa.Table:
         """All of it, sorted by (prompt_id, id)."""
@@ -250,13 +259,14 @@ class Dataset:
         """What was left out when it was made."""
         from rayward.records import REJECT_SCHEMA
 
-        files = sorted((self.path / "rejects").glob("*.parquet"))
-        return pa.concat_tables([pq.read_table(f) for f in files]) if files else REJECT_SCHEMA.empty_table()
+        folder = self.path / "rejects"
+        files = [folder / name for name in listing(folder) if name.endswith(".parquet")]
+        return pa.concat_tables([read_table(f) for f in files]) if files else REJECT_SCHEMA.empty_table()
 
     @property
     def bytes(self) -> int:
-        """Size of its parts on disk, in bytes."""
-        return sum(part.stat().st_size for part in self.parts)
+        """Size of its parts at rest, in bytes."""
+        return sum(file.bytes for file in self._files.values())
 
     def lineage(self) -> dict[str, Any]:
         """What the manifest of a dataset made from this one says about it."""
@@ -269,29 +279,43 @@ def schema_of(kind: str) -> pa.Schema:
     return {"rollouts": ROLLOUT_SCHEMA, "examples": EXAMPLE_SCHEMA, "scores": scores}[kind]
 
 
-def read_manifest(path: Path) -> Manifest:
+def read_manifest(path: Place) -> Manifest:
     """The manifest in a file, or DataError."""
     try:
-        return Manifest.from_json(path.read_text(encoding="utf-8"))
+        return Manifest.from_json(places.read(path).decode())
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(f"{path} cannot be read: {error}", "build the dataset again") from None
 
 
-def open_dataset(path: str | Path, kind: str | None = None) -> Dataset:
-    """A dataset that a Rayward pipeline wrote, or DataError with the way out."""
-    path = Path(path)
-    manifest_path = path / "manifest.json"
+def open_dataset(path: str | Place, kind: str | None = None) -> Dataset:
+    """A dataset that a Rayward pipeline wrote, at a path, a URL or store:NAME, or DataError with the way out."""
+    place = at(path)
+    with telling(place):
+        return _open(place, kind)
+
+
+def _no_dataset(path: Place, kind: str | None) -> DataError:
+    """Why there is no dataset at a place."""
     if not path.exists():
-        raise DataError(f"{path} does not exist", f"make it first: rayward ls  shows the pipelines that write {kind or 'datasets'}")
-    if not manifest_path.is_file():
-        sides = [p.parent.name for p in path.glob("*/manifest.json")]
-        if sides:
-            raise DataError(f"{path} holds several datasets: {', '.join(sorted(sides))}", f"name one, e.g. {path / sorted(sides)[0]}")
-        raise DataError(
-            f"{path} is not a dataset of Rayward: it has no manifest.json",
-            "bring your file in with  rayward run import_rollouts --format F --source FILE --output DIR",
-        )
-    manifest = read_manifest(manifest_path)
+        return DataError(f"{path} does not exist", f"make it first: rayward ls  shows the pipelines that write {kind or 'datasets'}")
+    sides = sorted(p.parent.name for p in path.glob("*/manifest.json"))
+    if sides:
+        return DataError(f"{path} holds several datasets: {', '.join(sides)}", f"name one, e.g. {path / sides[0]}")
+    if (path / PUBLISHING).exists():
+        return DataError(f"{path} is being written, or what wrote it was stopped then", "wait for it, or run the same command again")
+    return DataError(
+        f"{path} is not a dataset of Rayward: it has no manifest.json",
+        "bring your file in with  rayward run import_rollouts --format F --source FILE --output DIR",
+    )
+
+
+def _open(path: Place, kind: str | None) -> Dataset:
+    try:
+        manifest = read_manifest(path / "manifest.json")
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        if places.no_bucket(path):
+            raise
+        raise _no_dataset(path, kind) from None
     if kind is not None and manifest.kind != kind:
         raise DataError(
             f"{path} holds {manifest.kind} (made by {manifest.made_by}), not {kind}",
@@ -307,43 +331,101 @@ def open_dataset(path: str | Path, kind: str | None = None) -> Dataset:
     return dataset
 
 
-def sibling(path: Path, suffix: str) -> Path:
-    """A hidden folder beside a path, on the same disk, so that a rename is atomic."""
+def sibling(path: Place, suffix: str) -> Place:
+    """A hidden folder beside a path (or prefix beside a URL), on the same disk, so that a rename is atomic."""
     if path.name in ("", ".."):
         raise DataError(f"--output {str(path)!r} is this folder or one above it", "name a folder of its own")
-    for above in path.absolute().parents:
+    for above in path.absolute().parents if isinstance(path, Path) else ():
         if above.exists() and not above.is_dir():
             raise DataError(f"--output {path} lies below {above}, which is a file", "name a folder that can be made")
     return path.with_name(f".{path.name}.{suffix}")
 
 
-def write_part(folder: Path, part: int, parts: int, table: pa.Table, schema: pa.Schema) -> dict[str, str]:
+def read_table(path: str | Place, columns: Sequence[str] | None = None) -> pa.Table:
+    """A Parquet file as a table; at a URL it is read in one request."""
+    place = at(path)
+    wanted = None if columns is None else list(columns)
+    return pq.read_table(place if isinstance(place, Path) else pa.BufferReader(places.read(place)), columns=wanted)
+
+
+@contextmanager
+def opened(path: str | Place) -> Iterator[pq.ParquetFile]:
+    """A Parquet file to be read batch by batch; at a URL its bytes are held, which are those of one part."""
+    place = at(path)
+    with pq.ParquetFile(place if isinstance(place, Path) else pa.BufferReader(places.read(place))) as file:
+        yield file
+
+
+def row_count(path: Place) -> int:
+    """Rows of a Parquet file, by its last bytes."""
+    if isinstance(path, Path):
+        return int(pq.read_metadata(path).num_rows)
+    with path.fs.open(path.path, "rb", cache_type="none") as file:
+        return int(pq.read_metadata(file).num_rows)
+
+
+def write_table(table: pa.Table, path: Place, **options: Any) -> None:
+    """Write a Parquet file, which appears whole."""
+    with places.landing(path) as here:
+        pq.write_table(table, here, **options)
+
+
+def write_part(folder: Place, part: int, parts: int, table: pa.Table, schema: pa.Schema) -> dict[str, str]:
     """Write one sorted part; returns the digests of its hash ranges."""
     table = table.select(schema.names).cast(schema)
     if not _sorted(table):
         table = sort_rows(table)
-    folder.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, folder / part_name(part, parts), compression="zstd", row_group_size=20_000)
+    write_table(table, folder / part_name(part, parts), compression="zstd", row_group_size=20_000)
     return leaf_digests(table)
 
 
-def write_rejects(folder: Path, name: str, rejects: pa.Table) -> Counter[str]:
+def write_rejects(folder: Place, name: str, rejects: pa.Table) -> Counter[str]:
     """Write what was left out, and count it by category."""
     if rejects.num_rows == 0:
         return Counter()
-    (folder / "rejects").mkdir(parents=True, exist_ok=True)
-    pq.write_table(rejects, folder / "rejects" / name, compression="zstd")
+    write_table(rejects, folder / "rejects" / name, compression="zstd")
     categories = pc.value_counts(pc.replace_substring_regex(rejects["reason"], r"(?s):.*", ""))
     return Counter({c["values"]: c["counts"] for c in categories.to_pylist()})
 
 
 def publish(stage: Path, output: Path) -> None:
-    """Let a finished folder appear under its name, in one step; what stood there before goes after that."""
+    """Let a finished folder appear under its name, in one step and to stay; what stood there before goes after that."""
+    for folder, _, names in os.walk(stage, topdown=False):
+        for name in names:
+            _to_disk(Path(folder) / name)
+        _to_disk(Path(folder))
     old = sibling(output, "old")
     shutil.rmtree(old, ignore_errors=True)
     if output.exists():
         os.rename(output, old)
     os.rename(stage, output)
+    _to_disk(output.parent)
     if old.is_file():
         old.unlink()
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _to_disk(path: Path) -> None:
+    """Have a file or folder written through, so that a machine that loses its power keeps what was renamed."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system that cannot
+            os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def publish_remote(stage: Place, output: Place, leave: Sequence[str]) -> None:
+    """Let a finished dataset appear at a URL: the store copies all but what is named in `leave`, manifests last.
+
+    While it does, the object PUBLISHING stands in the output. Whoever finds it there may begin again: the stage is as it was.
+    """
+    names = [name for name in listing(stage, deep=True) if name.partition("/")[0] not in leave]
+    places.write(output / PUBLISHING, b"")
+    before = [name for name in listing(output, deep=True) if name != PUBLISHING]
+    manifests = [name for name in names if name.endswith("manifest.json")]
+    places.remove_files(output, [name for name in before if name.endswith("manifest.json")])
+    places.remove_files(output, [name for name in before if not name.endswith("manifest.json")])
+    places.copy_files(stage, [name for name in names if name not in manifests], output)
+    places.copy_files(stage, manifests, output)
+    places.remove_files(output, [PUBLISHING])

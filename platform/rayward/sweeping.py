@@ -35,7 +35,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from rayward import cluster, fitting, registry
+from rayward import cluster, fitting, places, registry
 from rayward.config import as_dict, flatten, merge, parse_sets, parse_settings, resolve
 from rayward.errors import DataError, Interrupted, RaywardError, SettingsError
 from rayward.fitting import FitSettings
@@ -205,11 +205,16 @@ def prepare(base: FitSettings, space: Space, output: str, trials: int, seed: int
         raise SettingsError(f"trials={trials} is no number of trials", "leave it out for every combination of the space")
     if rules.by == "loss" and (varied := [name for name in LOSSES if name in space]):
         raise SettingsError(f"space: losses with another {varied[0]} cannot be compared", "add --by accuracy")
-    folder = Path(output).absolute()
+    folder = places.at(output).absolute()
+    if not isinstance(folder, Path):
+        raise SettingsError(
+            f"--output {folder} is a URL, and the trials of a sweep are compared in a folder",
+            "name one that all nodes see; a fit of its own may go to a URL",
+        )
     sides = fitting.open_sides(base.examples, base.validation_share)
     if sides.validation is None and not base.validation_share:
         raise SettingsError("trials are compared on validation examples, and validation_share=0 holds out none", "leave it out")
-    base = replace(base, examples=str(Path(base.examples).absolute()), train=replace(base.train, best_by=rules.by))
+    base = replace(base, examples=str(places.at(base.examples).absolute()), train=replace(base.train, best_by=rules.by))
     drawn = [
         Trial(f"trial-{n:03d}", folder / "trials" / f"trial-{n:03d}", given, _settled(base, given), rules)
         for n, given in enumerate(draw(space, trials, seed))
@@ -223,6 +228,8 @@ def prepare(base: FitSettings, space: Space, output: str, trials: int, seed: int
 def _settled(base: FitSettings, given: Mapping[str, Any]) -> FitSettings:
     """The settings of a trial; models:/NAME and folders by their place, which is the same for every worker."""
     fit = resolve(FitSettings, merge(as_dict(base), parse_sets([f"{name}={json.dumps(value)}" for name, value in given.items()])))
+    if fit.model.startswith("store:") or places.is_remote(fit.model):
+        return replace(fit, model=str(places.at(fit.model)))
     model = registry.model_folder(fit.model)
     return replace(fit, model=str(model.absolute() if model.is_dir() else model))
 

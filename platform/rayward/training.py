@@ -23,11 +23,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rayward import checkpoints
+from rayward.away import Away
 from rayward.batching import BatchSettings, micro_batches, plan
 from rayward.errors import Interrupted, RaywardError, SettingsError
 from rayward.metrics import Mean
 from rayward.objectives import Objective
 from rayward.optimizers import Average, Schedule, depth_of, head_parts, is_part, layers_of, lr_share, parameter_groups
+from rayward.places import Place
 from rayward.rendering import Groups
 from rayward.reward_model import RewardModel, autocast
 from rayward.sharding import clip, is_sharded
@@ -56,6 +58,7 @@ class TrainSettings:
     shard: bool = False  # spread the body over the workers (FSDP2), for models that do not fit into one device
     recompute: bool = False  # keep no activations of a layer and compute them again for the gradient: less memory, a third slower
     offload: bool = False  # with recompute: what is kept between layers lies in the host's memory
+    keep_best: int = 1  # weights that are kept of the best validations; OUTPUT/model are those of the best one
     patience: int = 0  # validations without a better one after which a run ends (0: it runs to its last step)
     seed: int = 0  # another seed is another order of the examples, another fresh head, another dropout
 
@@ -73,6 +76,7 @@ class TrainSettings:
             "validate_every": (self.validate_every >= 0, "at least 0"),
             "checkpoint_every": (self.checkpoint_every >= 0, "at least 0"),
             "log_every": (self.log_every >= 1, "at least 1"),
+            "keep_best": (self.keep_best >= 1, "at least 1"),
             "patience": (self.patience >= 0, "at least 0"),
         }
         for name, (fits, wanted) in ranges.items():
@@ -80,6 +84,8 @@ class TrainSettings:
                 raise ValueError(f"{name}={getattr(self, name)} must be {wanted}")
         if self.offload and not self.recompute:
             raise ValueError("offload=true is about what recompute=true keeps: set both")
+        if self.keep_best > 1 and self.best_by == "last":
+            raise ValueError(f"keep_best={self.keep_best} needs best_by=loss or accuracy, to know what is best")
         if self.patience and self.best_by == "last":
             raise ValueError(f"patience={self.patience} needs best_by=loss or accuracy, to know what is better")
 
@@ -186,10 +192,16 @@ class Run:
     objective: Objective
     train: TrainSettings
     batch: BatchSettings
-    folder: Path  # checkpoints, metrics.jsonl; seen by all workers
+    folder: Path  # checkpoints, metrics.jsonl; seen by all workers, or else kept at a URL too
+    away: Away | None = None  # that URL
     report: Report = lambda line: None
     team: Team = Team()
     asked_to_stop: Callable[[], bool] = lambda: False  # besides a signal; looked at with every line of metrics
+
+    @property
+    def place(self) -> Place:
+        """Where the run is kept, as a user named it."""
+        return self.folder if self.away is None else self.away.there
 
     @property
     def total(self) -> int:
@@ -212,7 +224,7 @@ def train(run: Run) -> dict[str, Any]:
     optimizer = make_optimizer(model, settings)
     average = Average(model.classifier, settings.average) if settings.average else None
     state = _resume(run, optimizer, average)
-    with checkpoints.Writer(run.folder, team.rank, team.sharded) as writer:
+    with checkpoints.Writer(run.folder, team.rank, team.sharded, run.away) as writer:
         _steps(run, optimizer, average, state, writer)
         if run.writes_last:
             with average.in_place() if average is not None else nullcontext():
@@ -262,12 +274,12 @@ def _steps(run: Run, optimizer: torch.optim.Optimizer, average: Average | None, 
                 break
             if stopping:
                 writer.wait()
-                raise stopped(run.folder, done, total)
+                raise stopped(run.place, done, total)
 
 
-def stopped(folder: Path, done: int, total: int) -> Interrupted:
+def stopped(place: Place, done: int, total: int) -> Interrupted:
     """What is said to a user who stopped a run."""
-    return Interrupted(f"step {done} of {total} is kept in {folder}; the same command goes on from there")
+    return Interrupted(f"step {done} of {total} is kept in {place}; the same command goes on from there")
 
 
 def over(state: Mapping[str, Any], settings: TrainSettings) -> bool:
@@ -284,9 +296,13 @@ def _validated(
         values = validate(run)
         lines.write(done, {f"validation_{n}": v for n, v in values.items()})
         better = _better(values, state["best"], run.train.best_by)
+        entry = {**values, "step": done}
         if better:
-            state["best"] = {**values, "step": done}
-            writer.save("best", run.model.classifier, None, state["best"])
+            state["best"] = entry
+        kept = _best_of([*(state.get("kept") or ()), entry], run.train)
+        if entry in kept:
+            state["kept"] = kept
+            writer.save(checkpoints.best_name(done), run.model.classifier, None, entry, best=[int(e["step"]) for e in kept])
     state["stale"] = 0 if better else (state.get("stale") or 0) + 1
     tally.since += time.monotonic() - paused
 
@@ -322,9 +338,9 @@ def _step(run: Run, optimizer: torch.optim.Optimizer, parameters: list[torch.nn.
         micro_weight = float(batch.weight_G.sum())
         tokens, batch = batch.tokens, batch.to(model.device)
         with autocast(model.device, settings.precision):
-            output_GKC = model.outputs(batch)
+            output_GKC, terms = model.hear(batch, run.objective.body_terms)
         score_GK = model.reading.pick(output_GKC, batch.column_GK)
-        loss_G = run.objective.of(batch, score_GK, output_GKC, len(model.reading.attributes))
+        loss_G = run.objective.of(batch, score_GK, output_GKC, len(model.reading.attributes), terms)
         total = (loss_G * batch.weight_G).sum() * mine
         (total / weight).backward()
         if not mine:
@@ -349,11 +365,11 @@ def validate(run: Run) -> dict[str, float]:
             every = micro_batches(chunk, run.batch, model.shares_prefix, model.flat)
             for _, (_, batch), mine in run.team.share(every, model.device):
                 batch = batch.to(model.device)
-                output_GKC = model.outputs(batch)
+                output_GKC, terms = model.hear(batch, run.objective.body_terms)
                 if not mine:
                     continue
                 score_GK = model.reading.pick(output_GKC, batch.column_GK)
-                loss_G = run.objective.of(batch, score_GK, output_GKC, len(model.reading.attributes))
+                loss_G = run.objective.of(batch, score_GK, output_GKC, len(model.reading.attributes), terms)
                 loss += Mean(float((loss_G * batch.weight_G).sum()), float(batch.weight_G.sum()))
                 said = (score_GK, batch.target_GK, batch.mask_GK, batch.column_GK)
                 right += run.objective.right(*(t.cpu().numpy() for t in said))
@@ -374,6 +390,14 @@ def _better(values: dict[str, float], best: dict[str, float], by: str) -> bool:
     if not best:
         return True
     return values["loss"] < best["loss"] if by == "loss" else values["accuracy"] > best["accuracy"]
+
+
+def _best_of(entries: list[dict[str, float]], settings: TrainSettings) -> list[dict[str, float]]:
+    """The best validations, the best first; of equal ones the earlier."""
+    if settings.best_by == "last":
+        return []
+    ranked = sorted(entries, key=lambda e: -e["accuracy"] if settings.best_by == "accuracy" else e["loss"])  # keeps the order of equals
+    return ranked[: settings.keep_best]
 
 
 def _resume(run: Run, optimizer: torch.optim.Optimizer, average: Average | None) -> dict[str, Any]:

@@ -29,19 +29,19 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from rayward import dataflow
+from rayward import dataflow, places
 from rayward.dataflow import Recipe
 from rayward.dataflow.recipe import announce, staged
 from rayward.errors import DataError, SettingsError
 from rayward.hygiene.near import Sketches, sketch
 from rayward.hygiene.texts import words_of
 from rayward.objectives import make_objective
+from rayward.places import at
 from rayward.progress import Progress
 from rayward.records import ROLLOUT_SCHEMA, Rejected, Rollout, prompt_id, rejects_table, rollouts_of
 from rayward.scoring import Scorer, dropping
-from rayward.storage import Counts, Dataset, open_dataset, write_part, write_rejects
+from rayward.storage import Counts, Dataset, open_dataset, read_table, write_part, write_rejects, write_table
 from rayward.toy_world import seed_of
 
 Array = np.ndarray
@@ -344,15 +344,15 @@ def select(
         measure = partial(_MeasurePart, members, str(stage / "done" / "measured"))
         done = stage / "done" / "measured"
         dataflow.run(tasks, measure, what="measure", unit="parts", done=done, actors=actors, gpus=gpus, **how)
-        prompts = pa.concat_tables([pq.read_table(done / f"{n:06d}.prompts.parquet") for n in range(parts)])
+        prompts = pa.concat_tables([read_table(done / f"{n:06d}.prompts.parquet") for n in range(parts)])
         if not prompts.num_rows:
             raise DataError(f"no prompt of {source.path} can be measured", "where answers are compared, a prompt needs two that differ")
         chosen = choose(prompts, count, settings)
         write = partial(_write_part, stage=str(stage), parts=parts, chosen=chosen, measure=settings.chosen_measure(len(folders)))
         written = [write(task) for task in tasks]
         counts = sum((Counts(d["rows_in"], d["out"], d["rejected"], d["out"], d["leaves"]) for d in written), Counts())
-        pq.write_table(_ranked(prompts, chosen), stage / "uncertainty.parquet")
-        (stage / "manifest.json").write_text(recipe.manifest("rollouts", counts).to_json(), encoding="utf-8")
+        write_table(_ranked(prompts, chosen), stage / "uncertainty.parquet")
+        places.write(stage / "manifest.json", recipe.manifest("rollouts", counts).to_json())
     return announce(open_dataset(recipe.output, "rollouts"))
 
 
@@ -367,21 +367,21 @@ class _MeasurePart:
     """Measures one part after the other, into files of a folder."""
 
     def __init__(self, members: Members, folder: str):
-        self.members, self.folder = members, Path(folder)
+        self.members, self.folder = members, at(folder)
 
     def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
-        measured = measure_prompts(rollouts_of(pq.read_table(task["file"])), self.members)
+        measured = measure_prompts(rollouts_of(read_table(task["file"])), self.members)
         name = f"{task['part']:06d}"
-        pq.write_table(measured.prompts, self.folder / f"{name}.prompts.parquet")
+        write_table(measured.prompts, self.folder / f"{name}.prompts.parquet")
         left_out = pa.table({"place": pa.array(measured.left_out, pa.int64()), "reason": pa.array(measured.left_out.values(), pa.string())})
-        pq.write_table(left_out, self.folder / f"{name}.left-out.parquet")
+        write_table(left_out, self.folder / f"{name}.left-out.parquet")
         return {"prompts": measured.prompts.num_rows}
 
 
 def _write_part(task: dict[str, Any], stage: str, parts: int, chosen: Mapping[str, Choice], measure: str) -> dict[str, Any]:
     """The rollouts of one part whose prompts were chosen, with the reason in their provenance; the others as rejects."""
-    table = pq.read_table(task["file"])
-    unmeasured = pq.read_table(Path(stage) / "done" / "measured" / f"{task['part']:06d}.left-out.parquet").to_pylist()
+    table = read_table(task["file"])
+    unmeasured = read_table(at(stage) / "done" / "measured" / f"{task['part']:06d}.left-out.parquet").to_pylist()
     why = {row["place"]: row["reason"] for row in unmeasured}
     names = table["prompt_id"].to_pylist()
     keep = np.array([n not in why and chosen[name].how in ("uncertain", "random") for n, name in enumerate(names)], bool)
@@ -395,10 +395,10 @@ def _write_part(task: dict[str, Any], stage: str, parts: int, chosen: Mapping[st
         sorted({**dict(said or ()), **_why(chosen[name], len(chosen), measure)}.items())
         for name, said in zip(out["prompt_id"].to_pylist(), out["provenance"].to_pylist(), strict=True)
     ]
-    at = out.schema.get_field_index("provenance")
-    out = out.set_column(at, "provenance", pa.array(provenance, ROLLOUT_SCHEMA.field("provenance").type))
-    leaves = write_part(Path(stage), task["part"], parts, out, ROLLOUT_SCHEMA)
-    rejected = write_rejects(Path(stage), f"part-{task['part']:03d}.parquet", rejects_table(rejects))
+    column = out.schema.get_field_index("provenance")
+    out = out.set_column(column, "provenance", pa.array(provenance, ROLLOUT_SCHEMA.field("provenance").type))
+    leaves = write_part(at(stage), task["part"], parts, out, ROLLOUT_SCHEMA)
+    rejected = write_rejects(at(stage), f"part-{task['part']:03d}.parquet", rejects_table(rejects))
     return {"rows_in": table.num_rows, "out": out.num_rows, "rejected": dict(rejected), "leaves": leaves}
 
 
@@ -413,6 +413,6 @@ def _not_chosen(choice: Choice, prompts: int) -> str:
 
 def shares(dataset: Dataset) -> dict[str, int]:
     """How many prompts of a selection were chosen, by why."""
-    table = pq.read_table(dataset.path / "uncertainty.parquet", columns=["selected"])
+    table = read_table(dataset.path / "uncertainty.parquet", columns=["selected"])
     counts = {c["values"]: c["counts"] for c in pc.value_counts(table["selected"]).to_pylist()}
     return {how: counts.get(how) or 0 for how in ("uncertain", "random")}

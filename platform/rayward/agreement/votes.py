@@ -23,10 +23,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from rayward.errors import DataError
-from rayward.storage import Dataset
+from rayward.storage import Dataset, read_table
 
 Array = Any  # a numpy array
 VERDICTS = ("a", "tie", "b")  # `a` is the text that sorts first; a tie lies between, which is the order that ordinal measures use
@@ -177,7 +176,7 @@ def _shown_first(provenance: Any, rows: Array, gap: Array) -> Array:
 
 def read_votes(dataset: Dataset) -> Votes:
     """The votes in a dataset of rollouts, read part by part; DataError where it holds none."""
-    votes = gather(votes_of(pq.read_table(part, columns=list(COLUMNS))) for part in dataset.parts)
+    votes = gather(votes_of(read_table(part, columns=COLUMNS)) for part in dataset.parts)
     if not len(votes):
         why = ", ".join(f"{reason} {n:,}" for reason, n in sorted(votes.left_out.items())) or "it holds no judgement"
         raise DataError(

@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from rayward.cli import models
+from rayward.cli import cluster, jobs, models
 from rayward.config import guarded, suggest
 from rayward.errors import SettingsError
 
@@ -28,6 +28,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
 app.add_typer(models.app, name="models")
+app.add_typer(jobs.app, name="jobs")
+app.add_typer(cluster.app, name="cluster")
 
 
 def script_folders() -> list[Path]:
@@ -81,6 +83,10 @@ def run(context: typer.Context, name: Annotated[str, typer.Argument(help="a scri
     execute(find_script(name), context.args)
 
 
+_SUBMIT = {"allow_extra_args": True, "allow_interspersed_args": False}  # ours stand before NAME, what follows is the script's
+app.command(context_settings=_SUBMIT)(jobs.submit_with(find_script, script_folders))
+
+
 @app.command()
 def ls() -> None:
     """Pipelines and jobs, a line each."""
@@ -118,7 +124,7 @@ def ui(
     host: Annotated[str, typer.Option(help="address to listen on; the server has no password")] = "127.0.0.1",
     browse: Annotated[bool, typer.Option("--open/--no-open", help="open it in a browser")] = True,
 ) -> None:
-    """The MLflow UI over the store: runs, metrics, reports, models."""
+    """The MLflow UI over the store: runs, metrics, reports, models; with MLFLOW_TRACKING_URI set to a server, that server's own."""
     from rayward import registry
 
     registry.ui(host, port, browse)

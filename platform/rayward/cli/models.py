@@ -3,6 +3,7 @@
 rayward models list
 rayward models show toy-pairs@champion
 rayward models promote toy-pairs 2
+rayward models rollback toy-pairs
 """
 
 from __future__ import annotations
@@ -14,9 +15,7 @@ from typing import Annotated
 
 import typer
 
-from rayward.config import public
-
-app = typer.Typer(help="Browse the registry: list, show, promote.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(help="Browse the registry: list, show, promote, roll back.", no_args_is_help=True, rich_markup_mode=None)
 
 
 @app.command("list")
@@ -30,7 +29,7 @@ def list_models(as_json: Annotated[bool, typer.Option("--json", help="one JSON a
         return
     if not rows:
         print(
-            f"no models yet in {registry.tracking_uri()}\n"
+            f"no models yet in {registry.address()}\n"
             "register one: rayward run train_reward_model ... --register NAME, or: rayward quickstart"
         )
         return
@@ -78,7 +77,7 @@ def show_model(
         print(f"\n{title}")
         for key, value in sorted(values.items()):
             print(f"  {key:<34} {value if isinstance(value, str) else round(value, 4)}")
-    print(f'\nload it\n  mlflow.set_tracking_uri("{public(registry.tracking_uri())}")')
+    print(f'\nload it\n  mlflow.set_tracking_uri("{registry.address()}")')
     print(f'  mlflow.pyfunc.load_model("models:/{row["name"]}/{row["version"]}").predict(rows)')
 
 
@@ -94,3 +93,15 @@ def promote(
     done = registry.promote(name, version, alias)
     before = f" (before: version {done['before']})" if done["before"] and done["before"] != done["version"] else ""
     print(f"models:/{done['name']}@{done['alias']} is now version {done['version']}{before}")
+
+
+@app.command()
+def rollback(
+    name: Annotated[str, typer.Argument(help="the model")],
+    alias: Annotated[str, typer.Option(help="the alias that goes back")] = "champion",
+) -> None:
+    """Give an alias back to the version that had it before the last promotion."""
+    from rayward import registry
+
+    done = registry.rollback(name, alias)
+    print(f"models:/{done['name']}@{done['alias']} is version {done['version']} again (was version {done['before']})")

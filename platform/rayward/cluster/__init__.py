@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from rayward.cluster import placement
 from rayward.errors import SettingsError
 
 OBJECT_STORE_BYTES = 512 * 2**20  # of a cluster of our own: what passes through it are names of files and counts, never the rows
@@ -32,14 +33,14 @@ def gpus_each(asked: float) -> float:
     """The GPUs that a worker holds: as many as asked for, or, for -1, one where the cluster has any.
 
     Raises:
-        SettingsError: if no machine of the cluster has as many; Ray would wait for one for ever.
+        SettingsError: if no machine of the cluster has as many, and no autoscaler might bring one; Ray would wait for ever.
     """
     import ray
 
     most = max((node["Resources"].get("GPU") or 0.0 for node in ray.nodes() if node["Alive"]), default=0.0)
     if asked < 0:
         return min(1.0, most)
-    if asked > most:
+    if asked > most and not placement.autoscaling():
         raise SettingsError(f"gpus={asked:g}: no machine of this cluster has more than {most:g}", "ask for fewer, or 0 to work on CPUs")
     return asked
 
@@ -71,6 +72,7 @@ def connect() -> Iterator[Any]:
         else:
             print(f"starting Ray on {cores()} cores", file=sys.stderr)
             ray.init(
+                address="local",  # also where `ray start` left word of a cluster on this machine
                 num_cpus=cores(),
                 object_store_memory=OBJECT_STORE_BYTES,
                 include_dashboard=False,

@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from rayward import formats, labels
 from rayward.config import suggest
@@ -34,7 +33,7 @@ from rayward.dataflow.transform import Made, Transform, transform
 from rayward.errors import DataError, SettingsError
 from rayward.records import REJECT_SCHEMA, Rejected, Rollout
 from rayward.splits import SIDES, Shares, side
-from rayward.storage import Dataset
+from rayward.storage import Dataset, opened
 
 __all__ = [
     "LOCAL_BYTES",
@@ -102,8 +101,9 @@ def attribute_names(source: Dataset) -> tuple[str, ...]:
     """Every attribute that some rollout is rated on, sorted; DataError where there is none."""
     names: set[str] = set()
     for part in source.parts:
-        for batch in pq.ParquetFile(part).iter_batches(columns=["rewards"]):
-            names |= set(pc.unique(batch["rewards"].keys).to_pylist())
+        with opened(part) as file:
+            for batch in file.iter_batches(columns=["rewards"]):
+                names |= set(pc.unique(batch["rewards"].keys).to_pylist())
     if not names:
         raise DataError(
             f"{source.path} holds no ratings by attribute: `rewards` is empty everywhere",

@@ -10,11 +10,14 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from rayward import cluster, errors
+from rayward import cluster, errors, places
+from rayward.cluster import placement
 from rayward.errors import RaywardError, UserError
+from rayward.places import Place
 from rayward.progress import Progress
 from rayward.storage import PART_BYTES
 
@@ -39,14 +42,24 @@ class _Worker:
 
 
 def _once(work: Work, task: dict[str, Any]) -> dict[str, Any]:
-    """Do a task, and leave word that it is done."""
-    result = work(task["task"])
-    if task["marker"]:
-        marker = Path(task["marker"])
-        aside = marker.with_suffix(f".{os.getpid()}")
-        aside.write_text(json.dumps(result), encoding="utf-8")
-        os.replace(aside, marker)
+    """Do a task, and leave word that it is done. Ray does a task again whose result was lost with its node: then the word counts.
+
+    At a URL, where each look costs, it is done again: nothing that it reads is taken away there before all is done.
+    """
+    with places.telling():
+        marker = places.at(task["marker"]) if task["marker"] else None
+        if isinstance(marker, Path) and marker.is_file():
+            return json.loads(marker.read_text(encoding="utf-8"))
+        result = work(task["task"])
+        if marker is not None:
+            places.write(marker, json.dumps(result))
     return result
+
+
+def _made(make: Callable[[], Work], words: dict[str, str]) -> Work:
+    """The work, made where places are reached as they are here."""
+    os.environ.update(words)
+    return make()
 
 
 def on_ray(engine: Engine, size: int) -> bool:
@@ -71,7 +84,7 @@ def run(
     size: int = 0,
     actors: int = 0,
     gpus: float = 0.0,
-    done: Path | None = None,
+    done: Place | None = None,
 ) -> list[dict[str, Any]]:
     """What came of every task, in order; `make` makes the function that does one. With `actors` Ray keeps so many, each made once.
 
@@ -81,12 +94,11 @@ def run(
     """
     results: dict[int, dict[str, Any]] = {}
     todo: list[dict[str, Any]] = []
-    if done is not None:
-        done.mkdir(parents=True, exist_ok=True)
+    earlier = places.listing(done) if done is not None else {}
     for number, task in enumerate(tasks):
         marker = done / f"{number:06d}.json" if done is not None else None
-        if marker is not None and marker.is_file():
-            results[number] = json.loads(marker.read_text(encoding="utf-8"))
+        if marker is not None and marker.name in earlier:
+            results[number] = json.loads(places.read(marker))
         else:
             todo.append({"number": number, "task": task, "marker": str(marker.absolute()) if marker else ""})
     with Progress(what, total=len(tasks), unit=unit, start=len(results)) as bar:
@@ -98,7 +110,7 @@ def run(
                 bar.advance()
         elif todo:
             with cluster.connect():
-                for row in _ray_rows(todo, make, actors, gpus):
+                for row in _ray_rows(what, todo, partial(_made, make, places.carried()), actors, gpus):
                     if row["error"]:
                         kind, words, way_out = json.loads(row["error"])
                         raise getattr(errors, kind)(words, way_out)
@@ -107,19 +119,24 @@ def run(
     return [results[number] for number in range(len(tasks))]
 
 
-def _ray_rows(tasks: Sequence[dict[str, Any]], make: Callable[[], Work], actors: int, gpus: float) -> Iterator[dict[str, Any]]:
+def _ray_rows(what: str, tasks: Sequence[dict[str, Any]], make: Callable[[], Work], actors: int, gpus: float) -> Iterator[dict[str, Any]]:
+    """What comes of every task, as it comes; each holds a CPU, and an actor its GPUs. What cannot be placed is said (cluster.placement)."""
     import ray.data
 
     cluster.quiet("ray.data")
     ray.data.DataContext.get_current().enable_progress_bars = False
     dataset = ray.data.from_items([{"task": json.dumps(task)} for task in tasks], override_num_blocks=max(1, len(tasks)))
-    if actors:
-        pool = ray.data.ActorPoolStrategy(min_size=1, max_size=min(actors, len(tasks)))
-        dataset = dataset.map(_Worker, fn_constructor_args=(make,), compute=pool, num_gpus=cluster.gpus_each(gpus))
-    else:
-        dataset = dataset.map(lambda row: _Worker(make)(row))
+    held = {"CPU": 1.0} | ({"GPU": each} if actors and (each := cluster.gpus_each(gpus)) else {})
+    workers = min(actors or len(tasks), len(tasks))
     try:
-        yield from dataset.iter_rows()
+        with placement.watch(what, held, workers=workers) as key:
+            made = partial(placement.begin, key, make)
+            if actors:
+                pool = ray.data.ActorPoolStrategy(min_size=1, max_size=workers)
+                dataset = dataset.map(_Worker, fn_constructor_args=(made,), compute=pool, num_gpus=held.get("GPU"))
+            else:
+                dataset = dataset.map(lambda row: _Worker(made)(row))
+            yield from dataset.iter_rows()
     except ray.exceptions.RayError as error:
         cause = error.__cause__ or error
         raise RaywardError(f"a worker failed: {cause}") from error

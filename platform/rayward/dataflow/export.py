@@ -10,41 +10,41 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from rayward import places
 from rayward.config import choose
 from rayward.dataflow.engine import run
 from rayward.dataflow.recipe import Recipe, staged
 from rayward.errors import SettingsError
 from rayward.formats import FORMATS, make_format
 from rayward.formats.fields import Writer
+from rayward.places import Place, at
 from rayward.records import BadRecord, Rejected, examples_of, rejects_table
-from rayward.storage import Counts, Dataset, Manifest, read_manifest, write_rejects
+from rayward.storage import Counts, Dataset, Manifest, opened, read_manifest, write_rejects
 
 
 @dataclass(frozen=True)
 class Exported:
     """Files of rows on disk."""
 
-    path: Path
+    path: Place
     manifest: Manifest
 
     @property
-    def files(self) -> list[Path]:
+    def files(self) -> list[Place]:
         """The files, in order."""
-        return sorted(self.path.glob("part-*.jsonl*"))
+        return [self.path / name for name in places.listing(self.path) if name.startswith("part-") and ".jsonl" in name]
 
 
 def export(recipe: Recipe, source: Dataset, format_name: str, compress: bool, exact: bool = True) -> Exported:
     """Write the examples of `source` in a format; what it cannot say is rejected with the reason, or, if not `exact`, votes are dropped."""
     write = _writer(format_name)
-    output = Path(recipe.output)
+    output = at(recipe.output)
     if not recipe.already_made():
         tasks = [{"part": n, "file": str(path.absolute())} for n, path in enumerate(source.parts)]
         drop = () if format_name not in FORMATS or _has_margins(source) else ("margin",)  # a column of ones would be taken for margins of 1
@@ -53,7 +53,7 @@ def export(recipe: Recipe, source: Dataset, format_name: str, compress: bool, ex
             how: dict[str, Any] = {"engine": recipe.engine, "size": source.bytes}
             done = run(tasks, lambda: work, what=recipe.made_by, unit="parts", done=stage / "done" / "parts", **how)
             counts = sum((Counts(d["rows_in"], d["used"], d["rejected"], d["out"], d["leaves"]) for d in done), Counts())
-            (stage / "manifest.json").write_text(recipe.manifest("export", counts).to_json(), encoding="utf-8")
+            places.write(stage / "manifest.json", recipe.manifest("export", counts).to_json())
     made = Exported(output, read_manifest(output / "manifest.json"))
     print(f"{output}: {made.manifest.summary()} rows in {len(made.files)} files", file=sys.stderr)
     return made
@@ -73,7 +73,7 @@ def _writer(name: str) -> Writer:
 def _has_margins(source: Dataset) -> bool:
     """Whether some pair's targets differ by another number than 1."""
     for part in source.parts:
-        for batch in pq.ParquetFile(part).iter_batches(columns=["targets"]):
+        for batch in _batches(part, columns=["targets"]):
             pairs = batch["targets"].filter(pc.equal(pc.list_value_length(batch["targets"]), 2)).flatten().to_numpy().reshape(-1, 2)
             if not np.isin(np.abs(pairs[:, 0] - pairs[:, 1]), (0.0, 1.0)).all():
                 return True
@@ -87,7 +87,8 @@ def _export_part(
     rejects: list[Rejected] = []
     rows_in = out = 0
     digest = hashlib.blake2b(digest_size=16)
-    with gzip.GzipFile(Path(stage) / name, "wb", mtime=0) if compress else open(Path(stage) / name, "wb") as file:
+    folder = at(stage)
+    with places.landing(folder / name) as path, gzip.GzipFile(path, "wb", mtime=0) if compress else open(path, "wb") as file:
         for made in _rows(task["file"], write, exact):
             rows_in += 1
             if isinstance(made, Rejected):
@@ -98,13 +99,18 @@ def _export_part(
                 digest.update(line)
                 file.write(line)
                 out += 1
-    rejected: Counter[str] = write_rejects(Path(stage), f"part-{task['part']:03d}.parquet", rejects_table(rejects))
+    rejected: Counter[str] = write_rejects(folder, f"part-{task['part']:03d}.parquet", rejects_table(rejects))
     leaves = {f"{task['part']:03d}": digest.hexdigest()}
     return {"rows_in": rows_in, "used": rows_in - len(rejects), "rejected": dict(rejected), "out": out, "leaves": leaves}
 
 
+def _batches(file: str | Place, **options: Any) -> Iterator[pa.RecordBatch]:
+    with opened(file) as parquet:
+        yield from parquet.iter_batches(**options)
+
+
 def _rows(file: str, write: Writer, exact: bool) -> Iterator[list[dict[str, Any]] | Rejected]:
-    for batch in pq.ParquetFile(file).iter_batches(batch_size=1024):
+    for batch in _batches(file, batch_size=1024):
         for example in examples_of(pa.Table.from_batches([batch])):
             if not exact:
                 example = replace(example, counts=tuple(min(count, 1) for count in example.counts))

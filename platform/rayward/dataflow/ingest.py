@@ -8,6 +8,7 @@ So memory holds a chunk of a file or one part, and the disk holds the rollouts t
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -19,9 +20,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from rayward import places
 from rayward.dataflow.engine import run, session
 from rayward.dataflow.recipe import Recipe, announce, staged
-from rayward.errors import SettingsError
+from rayward.errors import DataError, SettingsError
+from rayward.places import Place, at
 from rayward.records import ROLLOUT_SCHEMA, Rejected, Rollout, rejects_table, rollouts_table
 from rayward.storage import LEAVES, Counts, Dataset, open_dataset, part_count, part_of, sort_rows, write_part, write_rejects
 
@@ -58,18 +61,21 @@ def ingest(
         laid = run(numbered, lambda: lay, what=recipe.made_by, unit=unit, done=stage / "done" / "lay-out", actors=actors, gpus=gpus, **how)
         counts = sum((Counts(d["rows_in"], d["used"], d["rejected"]) for d in laid), Counts())
         join = partial(_join_part, stage=str(stage), parts=parts)
-        joined = run([{"part": p} for p in range(parts)], lambda: join, what="sort", unit="parts", done=stage / "done" / "join", **how)
+        rows = sum((Counter(d["laid"]) for d in laid), Counter())
+        todo = [{"part": p, "rows": rows[f"{p:03d}"]} for p in range(parts)]
+        joined = run(todo, lambda: join, what="sort", unit="parts", done=stage / "done" / "join", **how)
         counts = sum((Counts(0, d["used"], d["rejected"], d["out"], d["leaves"]) for d in joined), counts)
-        (stage / "manifest.json").write_text(recipe.manifest("rollouts", counts).to_json(), encoding="utf-8")
+        places.write(stage / "manifest.json", recipe.manifest("rollouts", counts).to_json())
     return announce(open_dataset(recipe.output, "rollouts"))
 
 
 class _Layer:
-    """Lays tables of rollouts into one file per part."""
+    """Lays tables of rollouts into one file per part; what goes to a URL is put together on this disk, and sent when it is whole."""
 
-    def __init__(self, stage: str, name: str, parts: int):
-        self.folder, self.name, self.parts = Path(stage) / "laid-out", name, parts
+    def __init__(self, folder: Place, name: str, parts: int, stack: contextlib.ExitStack):
+        self.folder, self.name, self.parts, self.stack = folder, name, parts, stack
         self.files: dict[int, Any] = {}
+        self.rows: Counter[str] = Counter()  # of every part
 
     def lay(self, table: pa.Table) -> None:
         """Every row into the file of its part."""
@@ -82,39 +88,38 @@ class _Layer:
         for start, end in zip(starts, np.r_[starts[1:], len(which)], strict=True):
             part = int(which[start])
             if part not in self.files:
-                folder = self.folder / f"{part:03d}"
-                folder.mkdir(parents=True, exist_ok=True)
+                path = self.stack.enter_context(places.landing(self.folder / _laid(part, self.name)))
                 options = pa.ipc.IpcWriteOptions(compression="lz4")
-                self.files[part] = pa.ipc.new_stream(str(folder / f"{self.name}.arrow"), ROLLOUT_SCHEMA, options=options)
+                self.files[part] = self.stack.enter_context(pa.ipc.new_stream(str(path), ROLLOUT_SCHEMA, options=options))
+            self.rows[f"{part:03d}"] += int(end - start)
             self.files[part].write_table(table.slice(start, end - start).combine_chunks())
 
-    def close(self) -> None:
-        """All files whole."""
-        for file in self.files.values():
-            file.close()
+
+def _laid(part: int, name: str) -> str:
+    return f"{part:03d}/{name}.arrow"
 
 
 def _lay_out(numbered: dict[str, Any], produce: Produce, stage: str, parts: int) -> dict[str, Any]:
     """One task of phase one."""
     name = f"{numbered['number']:06d}"
-    for left in Path(stage).glob(f"laid-out/*/{name}.arrow"):  # of a run that was killed at this task
-        left.unlink()
+    folder, laid = at(stage), at(stage) / "laid-out"
+    places.remove_files(laid, [_laid(part, name) for part in range(parts)])  # of a run that was killed at this task
     rows_in = used = reject_files = 0
     rejects: list[Rejected] = []
     rejected: Counter[str] = Counter()
     chunk: list[Rollout] = []
-    layer = _Layer(stage, name, parts)
 
     def flush() -> None:
         nonlocal reject_files
         layer.lay(rollouts_table(chunk))
         chunk.clear()
         if rejects:
-            rejected.update(write_rejects(Path(stage), f"rows-{name}-{reject_files:06d}.parquet", rejects_table(rejects)))
+            rejected.update(write_rejects(folder, f"rows-{name}-{reject_files:06d}.parquet", rejects_table(rejects)))
             reject_files += 1
             rejects.clear()
 
-    try:
+    with contextlib.ExitStack() as stack:
+        layer = _Layer(laid, name, parts, stack)
         for item in produce(numbered["task"]):
             if isinstance(item, pa.Table):
                 rows_in, used = rows_in + item.num_rows, used + item.num_rows
@@ -129,29 +134,38 @@ def _lay_out(numbered: dict[str, Any], produce: Produce, stage: str, parts: int)
             if len(chunk) >= CHUNK_ROWS or len(rejects) >= CHUNK_ROWS:
                 flush()
         flush()
-    finally:
-        layer.close()
-    return {"rows_in": rows_in, "used": used, "rejected": dict(rejected)}
+    return {"rows_in": rows_in, "used": used, "rejected": dict(rejected), "laid": dict(layer.rows)}
 
 
 def _join_part(task: dict[str, Any], stage: str, parts: int) -> dict[str, Any]:
-    """One task of phase two: put a part together. Of two rollouts of one prompt with one id, the first by content stays."""
+    """One task of phase two: put a part together. Of two rollouts of one prompt with one id, the first by content stays.
+
+    DataError where fewer rows lie there than were laid out: somebody else, taken for dead, has joined this part and given its files back.
+    """
     part = task["part"]
-    for marker in Path(stage).glob("done/join/*.json"):  # files of parts that are done give their place on the disk back
-        shutil.rmtree(Path(stage) / "laid-out" / f"{int(marker.stem):03d}", ignore_errors=True)
-    folder = Path(stage) / "laid-out" / f"{part:03d}"
-    tables = []
-    for file in sorted(folder.glob("*.arrow")):
-        with pa.ipc.open_stream(str(file)) as stream:
-            tables.append(stream.read_all())
+    folder = at(stage)
+    if isinstance(folder, Path):  # parts that are done give their place on the disk back
+        for marker in folder.glob("done/join/*.json"):
+            shutil.rmtree(folder / "laid-out" / f"{int(marker.stem):03d}", ignore_errors=True)
+    laid = folder / "laid-out" / f"{part:03d}"
+    tables = [_read_laid(laid / name) for name in places.listing(laid) if name.endswith(".arrow")]
+    if (there := sum(table.num_rows for table in tables)) != task["rows"]:
+        raise DataError(
+            f"{laid} holds {there:,} of {task['rows']:,} rows", f"run the same command again; if it says so again, remove {stage}"
+        )
     table, repeated = _one_of_each(sort_rows(pa.concat_tables(tables) if tables else ROLLOUT_SCHEMA.empty_table()))
     rejects = rejects_table(
         Rejected(source="rollouts", row=row["id"], reason="duplicate id: another rollout of its prompt has it", raw=repr(row))
         for row in repeated
     )
-    rejected = write_rejects(Path(stage), f"part-{part:03d}.parquet", rejects)
-    leaves = write_part(Path(stage), part, parts, table, ROLLOUT_SCHEMA)
+    rejected = write_rejects(folder, f"part-{part:03d}.parquet", rejects)
+    leaves = write_part(folder, part, parts, table, ROLLOUT_SCHEMA)
     return {"used": -len(repeated), "rejected": dict(rejected), "out": table.num_rows, "leaves": leaves}
+
+
+def _read_laid(file: Place) -> pa.Table:
+    with pa.ipc.open_stream(str(file) if isinstance(file, Path) else pa.BufferReader(places.read(file))) as stream:
+        return stream.read_all()
 
 
 def _one_of_each(table: pa.Table) -> tuple[pa.Table, list[dict[str, Any]]]:
@@ -166,9 +180,9 @@ def _one_of_each(table: pa.Table) -> tuple[pa.Table, list[dict[str, Any]]]:
         return table, []
     several = np.flatnonzero(np.r_[False, same] | np.r_[same, False])
     by_name: dict[tuple[str, str], list[tuple[str, int, dict[str, Any]]]] = {}
-    for at, row in zip(several.tolist(), table.take(pa.array(several)).to_pylist(), strict=True):
-        by_name.setdefault((row["prompt_id"], row["id"]), []).append((repr(row), at, row))
+    for place, row in zip(several.tolist(), table.take(pa.array(several)).to_pylist(), strict=True):
+        by_name.setdefault((row["prompt_id"], row["id"]), []).append((repr(row), place, row))
     extra = [again for found in by_name.values() for again in sorted(found, key=lambda f: f[:2])[1:]]
     keep = np.ones(table.num_rows, bool)
-    keep[[at for _, at, _ in extra]] = False
+    keep[[place for _, place, _ in extra]] = False
     return table.filter(pa.array(keep)), [row for _, _, row in extra]

@@ -10,20 +10,20 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from rayward import places
 from rayward.config import read_file, resolve
 from rayward.dataflow.engine import run
 from rayward.dataflow.recipe import Recipe, announce, staged
 from rayward.errors import DataError, SettingsError
+from rayward.places import at
 from rayward.records import EXAMPLE_SCHEMA, REJECT_SCHEMA
-from rayward.storage import Counts, Dataset, open_dataset, part_of, sort_rows, write_part, write_rejects
+from rayward.storage import Counts, Dataset, open_dataset, opened, part_of, read_table, sort_rows, write_part, write_rejects
 
 MIXTURE = "mixture.yaml names sources, e.g.  sources: {hh: {path: store/hh/pairs, weight: 1.0, cap: 10000}}"
 
@@ -65,9 +65,10 @@ class Mixture:
 
 def read_mixture(path: str) -> Mixture:
     """The mixture in a YAML file, with its sources open; UserError where it cannot be mixed."""
-    if not Path(path).is_file():
+    here = places.fetch(path)
+    if not here.is_file():
         raise SettingsError(f"--mixture {path} does not exist", MIXTURE)
-    said = read_file(path)
+    said = read_file(str(here))
     named, seed = said.get("sources"), said.get("seed", 0)
     if not isinstance(named, dict) or not named or set(said) - {"sources", "seed"} or not isinstance(seed, int):
         raise SettingsError(f"{path} is not a mixture: it holds {', '.join(map(str, said)) or 'nothing'}", MIXTURE)
@@ -97,8 +98,9 @@ def _labeled_by(manifest: Mapping[str, Any]) -> str:
 
 def _attributes(dataset: Dataset) -> tuple[str, ...]:
     for part in dataset.parts:
-        for batch in pq.ParquetFile(part).iter_batches(batch_size=1, columns=["attributes"]):
-            return tuple(batch["attributes"][0].as_py())
+        with opened(part) as file:
+            for batch in file.iter_batches(batch_size=1, columns=["attributes"]):
+                return tuple(batch["attributes"][0].as_py())
     return ()
 
 
@@ -141,7 +143,7 @@ def mix(recipe: Recipe, mixture: Mixture) -> Dataset:
             done=stage / "done" / "parts",
         )
         counts = sum((Counts(d["rows_in"], d["used"], d["rejected"], d["out"], d["leaves"]) for d in done), Counts())
-        (stage / "manifest.json").write_text(recipe.manifest("examples", counts).to_json(), encoding="utf-8")
+        places.write(stage / "manifest.json", recipe.manifest("examples", counts).to_json())
     return announce(open_dataset(recipe.output, "examples"))
 
 
@@ -149,7 +151,7 @@ def _highest_draw(source: Source, seed: int) -> int:
     """The greatest draw that the cap lets in: 8 bytes an example are held to find it."""
     if not source.settings.cap or source.settings.cap >= source.dataset.manifest.out:
         return 2**64 - 1
-    columns = (pq.read_table(part, columns=["prompt_id", "id"]) for part in source.dataset.parts)
+    columns = (read_table(part, columns=["prompt_id", "id"]) for part in source.dataset.parts)
     every = np.concatenate([draw(table, seed, source.name) for table in columns])
     return int(np.partition(every, source.settings.cap - 1)[source.settings.cap - 1])
 
@@ -161,15 +163,15 @@ def _mix_part(task: dict[str, Any], *, sources: list[dict[str, Any]], seed: int,
     rows_in = 0
     for source in sources:
         files = source["files"]
-        table = pq.read_table(files[part * len(files) // parts])
+        table = read_table(files[part * len(files) // parts])
         table = table.filter(pa.array(part_of(table["prompt_id"], parts) == part))
         rows_in += table.num_rows
         kept = draw(table, seed, source["name"]) <= np.uint64(source["highest"])
         left.append(_left_out(table.filter(pa.array(~kept)), source))
         taken.append(_weighted(table.filter(pa.array(kept)), source))
     table = sort_rows(pa.concat_tables(taken))
-    leaves = write_part(Path(stage), part, parts, table, EXAMPLE_SCHEMA)
-    rejected: Counter[str] = write_rejects(Path(stage), f"part-{part:03d}.parquet", pa.concat_tables(left))
+    leaves = write_part(at(stage), part, parts, table, EXAMPLE_SCHEMA)
+    rejected: Counter[str] = write_rejects(at(stage), f"part-{part:03d}.parquet", pa.concat_tables(left))
     return {"rows_in": rows_in, "used": table.num_rows, "rejected": dict(rejected), "out": table.num_rows, "leaves": leaves}
 
 

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from rayward import places
 from rayward.config import as_dict, public
+from rayward.dataflow.claims import LOCK, claimed
 from rayward.dataflow.engine import Engine
 from rayward.errors import DataError
+from rayward.places import Place, at, is_remote, listing, telling
 from rayward.splits import SIDES
-from rayward.storage import Counts, Dataset, Manifest, code_version, publish, read_manifest, sibling, whole_digest
+from rayward.storage import (
+    PUBLISHING,
+    Counts,
+    Dataset,
+    Manifest,
+    code_version,
+    publish,
+    publish_remote,
+    read_manifest,
+    sibling,
+    whole_digest,
+)
 
 HOW = ("output", "engine", "overwrite", "parts", "actors", "gpus")  # settings that change where and how, not what
 
@@ -34,15 +46,12 @@ class Recipe:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        output = Path(os.path.normpath(self.output))
+        output = at(self.output)
+        output = Path(os.path.normpath(output)) if isinstance(output, Path) else output
         object.__setattr__(self, "output", str(output))
         for made_from in self.inputs:
             source = made_from.get("path")
-            if (
-                source
-                and (here := Path(source).resolve())
-                and (here == (there := output.resolve()) or here in there.parents or there in here.parents)
-            ):
+            if source and _overlap(at(source), output):
                 raise DataError(
                     f"--output {output} and the source {source} are one folder, or one lies in the other", "choose another --output"
                 )
@@ -75,27 +84,60 @@ class Recipe:
 
     def already_made(self) -> bool:
         """Whether OUTPUT holds just this; DataError if it holds something else and may not be replaced."""
-        output = Path(self.output)
-        if not output.exists() or (self.overwrite and _replaceable(output)):
+        output = at(self.output)
+        with telling(output):
+            return self._holds_this(output)
+
+    def _holds_this(self, output: Place) -> bool:
+        held = _held(output)
+        if held is None or (self.overwrite and held.replaceable):
             return False
-        manifests = [output / "manifest.json", *sorted(output.glob("*/manifest.json"))]
-        for path in filter(Path.is_file, manifests):
+        for path in held.manifests:
             manifest = read_manifest(path)
             if manifest.made_by == self.made_by and _same(manifest, self):
                 print(f"{output}: already made", file=sys.stderr)
                 return True
-        if output.is_dir() and not any(output.iterdir()):
-            return False
         if self.overwrite:
             raise DataError(f"{output} holds files that no pipeline made, and they are kept", "move them, or choose another --output")
         raise DataError(f"{output} already holds something else", "choose another --output, or replace it with --overwrite")
 
 
-def _replaceable(output: Path) -> bool:
-    """Whether OUTPUT is a file or one dataset or one split, which `--overwrite` may take away; a folder of other things is kept."""
+class _Held(NamedTuple):
+    """What OUTPUT holds."""
+
+    manifests: Sequence[Place]
+    replaceable: bool  # a file or one dataset or one split, which `--overwrite` may take away; a folder of other things is kept
+
+
+def _held(output: Place) -> _Held | None:
+    """What OUTPUT holds; None where that is nothing."""
+    if not isinstance(output, Path):
+        return _held_remote(output)
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return None
+    manifests = [path for path in (output / "manifest.json", *sorted(output.glob("*/manifest.json"))) if path.is_file()]
     if output.is_file() or (output / "manifest.json").is_file():
-        return True
-    return all(p.name in SIDES and (p / "manifest.json").is_file() for p in output.iterdir())
+        return _Held(manifests, True)
+    return _Held(manifests, all(p.name in SIDES and (p / "manifest.json").is_file() for p in output.iterdir()))
+
+
+def _held_remote(output: Place) -> _Held | None:
+    """The same at a URL, with one listing; what was being published when its run was stopped is nothing."""
+    names = listing(output, deep=True)
+    if not names or PUBLISHING in names:
+        return None
+    manifests = [name for name in names if name == "manifest.json" or (name.endswith("/manifest.json") and name.count("/") == 1)]
+    made = {name.rpartition("/")[0] for name in manifests}
+    replaceable = "" in made or all(name.partition("/")[0] in made & set(SIDES) for name in names)
+    return _Held([output / name for name in manifests], replaceable)
+
+
+def _overlap(source: Place, output: Place) -> bool:
+    """Whether two folders are one, or one lies in the other."""
+    if is_remote(source) != is_remote(output):
+        return False
+    here, there = (place.resolve() if isinstance(place, Path) else place for place in (source, output))
+    return here == there or here in there.parents or there in here.parents
 
 
 def _same(manifest: Manifest, recipe: Recipe) -> bool:
@@ -134,48 +176,72 @@ def announce(dataset: Dataset) -> Dataset:
 
 # ---------------------------------------------------------------------------------------------------------------- the stage
 
-_OURS = ("laid-out", "done", "recipe.json", ".lock")  # what a stage holds beside the dataset, in the order it goes
+_OURS = ("laid-out", "done", "recipe.json", LOCK)  # what a stage holds beside the dataset, in the order it goes
 
 
 @contextmanager
-def staged(recipe: Recipe, kind: str, parts: int) -> Iterator[Path]:
-    """A folder beside the output, on the same disk, to make a dataset in; it appears under its name when the block ends well.
+def staged(recipe: Recipe, kind: str, parts: int) -> Iterator[Place]:
+    """A folder beside the output, on the same disk or in the same store, to make a dataset in; it appears when the block ends well.
 
     If the block does not, the folder stays where something was done, and the next run of the same recipe, code and number of parts
     finds that in it.
     """
-    output = Path(recipe.output)
+    output = at(recipe.output)
     stage = sibling(output, "partial").absolute()
-    stage.mkdir(parents=True, exist_ok=True)
-    with open(stage / ".lock", "w", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"another run is making {output} at this moment", "wait for it, or choose another --output") from None
-        except OSError:
-            pass  # a file system without locks
-        wanted = json.dumps([recipe.made_by, comparable(recipe.content_settings(), recipe.inputs), code_version(), kind, parts])
-        begun = stage / "recipe.json"
-        if not begun.is_file() or begun.read_text(encoding="utf-8") != wanted:
-            _empty(stage)
-            begun.write_text(wanted, encoding="utf-8")
-        else:
-            print(f"{output}: going on where an earlier run stopped", file=sys.stderr)
+    with telling(output), claimed(stage, output) as check:
+        _begin(recipe, stage, json.dumps(_wanted(recipe, kind, parts)))
         try:
             yield stage
         except BaseException:
-            if any(stage.glob("done/*/*.json")):
+            if _done(stage):
                 print(f"{output}: what was done is kept in {stage}; the same command goes on from there", file=sys.stderr)
             else:
-                shutil.rmtree(stage, ignore_errors=True)
+                _clear(stage)
             raise
-        for name in _OURS:
-            path = stage / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        publish(stage, output)
+        check()
+        if isinstance(stage, Path):
+            for name in _OURS:
+                places.remove(stage / name)
+            places.tidy(stage)
+            publish(stage, Path(output))
+        else:
+            publish_remote(stage, output, _OURS)
+            _clear(stage)
 
 
-def _empty(stage: Path) -> None:
-    for path in stage.iterdir():
-        if path.name != ".lock":
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+def _wanted(recipe: Recipe, kind: str, parts: int) -> list[Any]:
+    return [recipe.made_by, comparable(recipe.content_settings(), recipe.inputs), code_version(), kind, parts]
+
+
+def _begin(recipe: Recipe, stage: Place, wanted: str) -> None:
+    """Empty a stage that holds something else."""
+    begun = stage / "recipe.json"
+    try:
+        same = places.read(begun).decode() == wanted
+    except FileNotFoundError:
+        same = False
+    if same:
+        print(f"{recipe.output}: going on where an earlier run stopped", file=sys.stderr)
+        return
+    for path in stage.iterdir() if isinstance(stage, Path) else ():
+        if path.name != LOCK:
+            places.remove(path)
+    if not isinstance(stage, Path):
+        _clear(stage)
+    places.write(begun, wanted)
+
+
+def _clear(stage: Place) -> None:
+    """Take a stage away; a lease goes when it is released."""
+    if isinstance(stage, Path):
+        places.remove(stage)
+    else:
+        places.remove_files(stage, [name for name in listing(stage, deep=True) if name != LOCK])
+
+
+def _done(stage: Place) -> bool:
+    """Whether some task of a stage is done. A store that cannot be asked may hold some."""
+    try:
+        return any(name.endswith(".json") for name in listing(stage / "done", deep=True))
+    except Exception:
+        return True

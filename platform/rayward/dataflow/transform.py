@@ -6,15 +6,15 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from rayward import places
 from rayward.dataflow.engine import run
 from rayward.dataflow.recipe import Recipe, announce, staged
-from rayward.storage import Counts, Dataset, open_dataset, schema_of, write_part, write_rejects
+from rayward.places import at
+from rayward.storage import Counts, Dataset, open_dataset, read_table, schema_of, write_part, write_rejects
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def transform(
     gpus: float = 0.0,
 ) -> list[Dataset]:
     """Another dataset from every part of `source` (or one per side, in folders of OUTPUT by that name)."""
-    output = Path(recipe.output)
+    output = at(recipe.output)
     if not recipe.already_made():
         parts = len(source.parts)
         tasks = [{"part": n, "file": str(path.absolute())} for n, path in enumerate(source.parts)]
@@ -54,7 +54,7 @@ def transform(
             for side in sides:
                 counts = sum((Counts(0, 0, {}, d["out"][side], d["leaves"][side]) for d in done if side in d["out"]), Counts())
                 counts += whole if side == "" else Counts(counts.out, counts.out)
-                (stage / side / "manifest.json").write_text(recipe.manifest(kind, counts).to_json(), encoding="utf-8")
+                places.write(stage / side / "manifest.json", recipe.manifest(kind, counts).to_json())
     return [announce(open_dataset(output / side, kind)) for side in sides]
 
 
@@ -62,11 +62,11 @@ class _PartWork:
     """One task of a transform: read a part, make what it becomes, write that."""
 
     def __init__(self, make: Callable[[], Transform], stage: str, parts: int, kind: str):
-        self.transform, self.stage, self.parts, self.kind = make(), Path(stage), parts, kind
+        self.transform, self.stage, self.parts, self.kind = make(), at(stage), parts, kind
 
     def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
         part = task["part"]
-        table = pq.read_table(task["file"])
+        table = read_table(task["file"])
         made = self.transform(table)
         leaves = {side: write_part(self.stage / side, part, self.parts, rows, schema_of(self.kind)) for side, rows in made.tables.items()}
         rejected = write_rejects(self.stage, f"part-{part:03d}.parquet", made.rejects)

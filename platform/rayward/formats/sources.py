@@ -5,7 +5,7 @@
     a.csv   a.csv.gz   a.csv.zst                   a row a record, the first one names the columns
     a.parquet                                      a row a record
     folder/                                        all of these in it and below it
-    s3://bucket/path  gs://...  hf://datasets/...  the same, where pyarrow.fs (or fsspec) can reach it
+    s3://bucket/path  store:NAME  hf://datasets/...  the same at a URL: as `places` reaches it, or pyarrow.fs, or fsspec
     org/name  org/name:split                       a data set of the Hugging Face hub; or a folder that `datasets` saved
 
 A large file is cut into pieces, so that several workers read one file; a row keeps its number in the file whatever the pieces.
@@ -33,8 +33,9 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from rayward import places
 from rayward.config import public
-from rayward.errors import DataError
+from rayward.errors import DataError, SettingsError
 from rayward.records import BadRecord
 
 PIECE_BYTES = 64 * 2**20  # a file larger than this is read in pieces of about this size, where its kind allows it
@@ -116,6 +117,8 @@ def decode(content: bytes | Mapping[str, Any]) -> Mapping[str, Any]:
 
 def find_files(source: str) -> list[tuple[str, str]]:
     """(name, path) of every file of a source: a file, a folder of files, a URL of either, or a set that `datasets` can load."""
+    if source.startswith("store:"):
+        source = str(places.at(source))
     if _URL.match(source):
         return _find_at_url(source)
     path = Path(source)
@@ -150,11 +153,15 @@ def _wanted(file: Path | PurePosixPath, folder: Path | PurePosixPath) -> bool:
 
 def _filesystem(url: str) -> tuple[Any, str]:
     """The file system of a URL and the path in it, or DataError."""
+    if (place := _place(url)) is not None:
+        return pafs.PyFileSystem(pafs.FSSpecHandler(place.fs)), place.path
     try:
         return pafs.FileSystem.from_uri(url)
     except (pa.ArrowException, OSError, ImportError) as error:
         reason = str(error).splitlines()[0]
     try:
+        if "?" in url:
+            raise ValueError("its options are pyarrow's")
         import fsspec
 
         fs, path = fsspec.core.url_to_fs(url)
@@ -165,8 +172,24 @@ def _filesystem(url: str) -> tuple[Any, str]:
         ) from None
 
 
+def _place(url: str) -> Any:
+    """The place of a URL, where it is one that `places` knows and what reaches it is installed; one with options in it is none."""
+    if url.partition("://")[0] not in places.DRIVERS or "?" in url or public(url) != url:
+        return None
+    try:
+        return places.at(url)
+    except SettingsError:
+        return None
+
+
 def _find_at_url(source: str) -> list[tuple[str, str]]:
+    with places.telling(_place(source) or public(bare(source))):
+        return _files_at(source)
+
+
+def _files_at(source: str) -> list[tuple[str, str]]:
     fs, path = _filesystem(source)
+    place = _place(source)
     try:
         info = fs.get_file_info(path)
         if info.type == pafs.FileType.File:
@@ -176,10 +199,14 @@ def _find_at_url(source: str) -> list[tuple[str, str]]:
             below = [f for f in inside if f.type == pafs.FileType.File and _wanted(PurePosixPath(f.path), PurePosixPath(path))]
             found = sorted(below, key=lambda f: f.path)
         else:
+            if place is not None and places.no_bucket(place):
+                raise FileNotFoundError(source)
             raise DataError(f"{public(source)} does not exist", "check the address")
     except DataError:
         raise
     except (OSError, pa.ArrowException, ValueError, NotImplementedError) as error:
+        if place is not None:
+            raise
         raise DataError(
             f"{public(source)} cannot be reached: {public(str(error))}", "check the address, the credentials and the network"
         ) from None
@@ -189,7 +216,7 @@ def _find_at_url(source: str) -> list[tuple[str, str]]:
     urls = []
     for file in found:
         name = file.path.removeprefix(path).lstrip("/")
-        url = f"{base.rstrip('/')}/{urllib.parse.quote(name)}" if name else base
+        url = f"{base.rstrip('/')}/{name if place is not None else urllib.parse.quote(name)}" if name else base
         urls.append((name or file.base_name, url + ("?" + query if query else "")))
     return urls
 
@@ -273,6 +300,9 @@ def describe_file(path: str) -> dict[str, Any]:
     if path.startswith("datasets:"):
         return {"source": path}
     if _URL.match(path):
+        if (place := _place(path)) is not None:
+            said = places.stat(place)
+            return {"source": path, "bytes": said.bytes, "changed": said.stamp}
         fs, inside = _filesystem(path)
         info = fs.get_file_info(inside)
         return {"source": public(bare(path)), "bytes": info.size, "changed": str(info.mtime)}

@@ -18,14 +18,14 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from rayward import dataflow
 from rayward.dataflow import Made, Recipe
 from rayward.hygiene.findings import Finding
 from rayward.hygiene.lint import Source
+from rayward.places import at
 from rayward.records import Rejected, rejects_table
-from rayward.storage import Dataset
+from rayward.storage import Dataset, opened
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,9 @@ def fix(source: Source, reasons: Mapping[int, str], recipe: Recipe) -> list[Data
     """The source without these rows; the recipe's output is the folder that `fixed` lies in."""
     made = []
     for side, dataset in source.sides.items():
-        output = Path(recipe.output) / "fixed" / side
-        output.parent.mkdir(parents=True, exist_ok=True)
+        output = at(recipe.output) / "fixed" / side if side else at(recipe.output) / "fixed"
+        if isinstance(output, Path):
+            output.parent.mkdir(parents=True, exist_ok=True)
         starts = _starts(dataset, source.first_rows()[side])
         leave_out = partial(_leave_out, dict(reasons), starts)
         of_side = replace(recipe, output=str(output), made_by=f"lint_examples{' ' + side if side else ''}")
@@ -87,7 +88,7 @@ def _starts(dataset: Dataset, first: int) -> dict[str, int]:
     """The number of the first row of every part, by the prompt it starts with (no other part has it)."""
     starts = {}
     for part in dataset.parts:
-        with pq.ParquetFile(part) as file:
+        with opened(part) as file:
             for batch in file.iter_batches(batch_size=1, columns=["prompt_id"]):
                 starts[batch["prompt_id"][0].as_py()] = first
                 break

@@ -19,7 +19,6 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from rayward.errors import DataError, ModelError
 from rayward.hygiene.findings import WORST, Finding, Severity, order
@@ -28,11 +27,12 @@ from rayward.hygiene.overlap import EvaluationSet
 from rayward.hygiene.summary import Summary, length_histogram
 from rayward.hygiene.survey import Chunk, Hits, chunks
 from rayward.hygiene.texts import words_of
+from rayward.places import Place, at, telling
 from rayward.progress import Progress
 from rayward.records import Example, Rejected, examples_of
 from rayward.rendering import Renderer, RenderSettings
 from rayward.splits import SIDES
-from rayward.storage import Dataset, open_dataset
+from rayward.storage import Dataset, open_dataset, read_table, row_count
 
 
 @dataclass(frozen=True)
@@ -70,16 +70,19 @@ class Source:
 
     def first_rows(self) -> dict[str, int]:
         """The number of the first row of every side."""
-        counts = [sum(pq.read_metadata(part).num_rows for part in dataset.parts) for dataset in self.sides.values()]
+        counts = [sum(map(row_count, dataset.parts)) for dataset in self.sides.values()]
         return dict(zip(self.sides, np.cumsum([0, *counts]).tolist(), strict=False))
 
 
 def open_source(path: str) -> Source:
     """A folder of examples, or of a split of them."""
-    sides = [s for s in SIDES if (Path(path) / s / "manifest.json").is_file()]
-    if (Path(path) / "manifest.json").is_file() or not sides:
+    place = at(path)
+    with telling(place):
+        sides = [s for s in SIDES if (place / s / "manifest.json").is_file()]
+        alone = not sides or (place / "manifest.json").is_file()
+    if alone:
         return Source(path, {"": open_dataset(path, "examples")})
-    return Source(path, {s: open_dataset(Path(path) / s, "examples") for s in sides})
+    return Source(path, {s: open_dataset(place / s, "examples") for s in sides})
 
 
 @dataclass
@@ -132,7 +135,7 @@ def _survey(
     answered: Sketches,
 ) -> Survey:
     survey = Survey()
-    total = sum(pq.read_metadata(part).num_rows for dataset in source.sides.values() for part in dataset.parts)
+    total = sum(row_count(part) for dataset in source.sides.values() for part in dataset.parts)
     with Progress("lint_examples", total=total, unit="examples") as bar:
         for side, (name, dataset) in enumerate(source.sides.items()):
             for table in chunks(dataset):
@@ -202,7 +205,7 @@ def _renderers(tokens: TokenSettings) -> list[Renderer]:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(tokens.tokenizer)
+        tokenizer = AutoTokenizer.from_pretrained(tokens.tokenizer, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         what = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(f"--tokenizer {tokens.tokenizer} cannot be loaded: {what}", "give the folder or name of a model") from None
@@ -391,16 +394,16 @@ def _with_cases(source: Source, findings: Sequence[Finding], excerpt: int) -> li
     ids: dict[int, str] = {-1: ""}
     texts: dict[int, dict[str, Any]] = {}
     for side, first, path in _numbered_parts(source):
-        rows = pq.read_metadata(path).num_rows
+        rows = row_count(path)
         here = wanted[(wanted >= first) & (wanted < first + rows)]
         if not len(here):
             continue
-        names = pq.read_table(path, columns=["id"])["id"].take(pa.array(here - first)).to_pylist()
+        names = read_table(path, columns=["id"])["id"].take(pa.array(here - first)).to_pylist()
         ids.update(zip(here.tolist(), names, strict=True))
         some = shown[(shown >= first) & (shown < first + rows)]
         if len(some):
             columns = ["prompt_id", "id", "prompt", "answers", "targets"]
-            for n, row in zip(some.tolist(), pq.read_table(path, columns=columns).take(pa.array(some - first)).to_pylist(), strict=True):
+            for n, row in zip(some.tolist(), read_table(path, columns=columns).take(pa.array(some - first)).to_pylist(), strict=True):
                 texts[n] = _excerpt(row, side, excerpt)
     return [_with_ids(f, ids, texts) for f in findings]
 
@@ -414,13 +417,13 @@ def _with_ids(finding: Finding, ids: Mapping[int, str], texts: Mapping[int, Mapp
     return replace(finding, cases=cases, ids=[ids[n] for n in rows], partner_ids=[ids[n] for n in partners])
 
 
-def _numbered_parts(source: Source) -> Iterator[tuple[str, int, Path]]:
+def _numbered_parts(source: Source) -> Iterator[tuple[str, int, Place]]:
     """(side, number of its first row, file) of every part."""
     first = 0
     for side, dataset in source.sides.items():
         for part in dataset.parts:
             yield side, first, part
-            first += pq.read_metadata(part).num_rows
+            first += row_count(part)
 
 
 def _excerpt(row: Mapping[str, Any], side: str, most: int) -> dict[str, Any]:

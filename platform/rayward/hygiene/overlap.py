@@ -15,20 +15,19 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from rayward import formats
 from rayward.errors import DataError
 from rayward.hygiene.survey import prompt_texts
 from rayward.hygiene.texts import Words, fingerprints, grams, mix, words_of
+from rayward.places import Place, at, telling
 from rayward.records import Example, Prompt, Rejected
-from rayward.storage import open_dataset
+from rayward.storage import open_dataset, opened
 from rayward.suites import SUITES
 
 GRAM = 13  # words
@@ -108,8 +107,9 @@ def load(source: str) -> EvaluationSet:
 def _open(source: str, unreadable: list[Rejected]) -> tuple[dict[str, Any], Iterator[Texts]]:
     if source in SUITES:
         return {"suite": source}, _of_examples(SUITES[source]())
-    folder = Path(source)
-    sides = [folder] if (folder / "manifest.json").is_file() else sorted(p.parent for p in folder.glob("*/manifest.json"))
+    folder = at(source)
+    with telling(folder):
+        sides = [folder] if (folder / "manifest.json").is_file() else sorted(p.parent for p in folder.glob("*/manifest.json"))
     if sides:
         datasets = [open_dataset(side) for side in sides]
         digests = {d.path.name: d.manifest.digest for d in datasets}
@@ -129,8 +129,8 @@ def _of_examples(examples: Sequence[Example]) -> Iterator[Texts]:
     yield _texts([e.prompt for e in examples], ["".join(a) for e in examples for a in e.answers])
 
 
-def _of_part(part: Path) -> Iterator[Texts]:
-    with pq.ParquetFile(part) as file:
+def _of_part(part: Place) -> Iterator[Texts]:
+    with opened(part) as file:
         column = "steps" if "steps" in file.schema_arrow.names else "answers"
         for batch in file.iter_batches(batch_size=_ROWS, columns=["prompt", column]):
             answers = batch[column] if column == "steps" else batch[column].flatten()

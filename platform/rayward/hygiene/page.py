@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,18 +11,22 @@ from typing import Any
 
 import numpy as np
 
+from rayward import places
 from rayward.errors import DataError
 from rayward.hygiene.findings import SEVERITIES, Finding
 from rayward.hygiene.summary import LENGTHS, Summary, bin_edge, length_quantile
+from rayward.places import Place, at, telling
 
 LINES = 40  # of a screen
 BLUE, ORANGE, GREY = "#2563eb", "#ea580c", "#9ca3af"
 
 
-def check_output(output: str) -> Path:
+def check_output(output: str) -> Place:
     """The folder for the findings: one that is not there yet, is empty, or holds findings that may be replaced; else a DataError."""
-    folder = Path(output)
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / "findings.json").is_file()):
+    folder = at(output)
+    with telling(folder):
+        taken = folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / "findings.json").is_file())
+    if taken:
         raise DataError(f"{folder} already holds something else", "choose another --output")
     return folder
 
@@ -93,18 +96,12 @@ def _wrapped(text: str, width: int) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------------- files
 
 
-def write(folder: Path, source: str, findings: Sequence[Finding], summary: Summary, settings: Mapping[str, Any]) -> None:
+def write(folder: Place, source: str, findings: Sequence[Finding], summary: Summary, settings: Mapping[str, Any]) -> None:
     """findings.json with everything, all affected ids, and index.html; each appears whole, and replaces an older one."""
-    folder.mkdir(parents=True, exist_ok=True)
     whole = {"source": source, "settings": settings, "numbers": numbers(summary), "findings": [f.as_dict() for f in findings]}
-    _put(folder / "findings.json", json.dumps(_no_nan(whole), indent=1, ensure_ascii=False) + "\n")
-    _put(folder / "index.html", to_html(source, findings, summary))
-
-
-def _put(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    with telling(folder):
+        places.write(folder / "findings.json", json.dumps(_no_nan(whole), indent=1, ensure_ascii=False) + "\n")
+        places.write(folder / "index.html", to_html(source, findings, summary))
 
 
 def _no_nan(value: Any) -> Any:

@@ -17,11 +17,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from rayward.hygiene.summary import Moments, Ratio, Summary, length_histogram
 from rayward.hygiene.texts import SCRIPTS, mix, scripts, sum_by
-from rayward.storage import Dataset
+from rayward.storage import Dataset, opened
 
 ROWS = 4096  # examples that are looked at together, and the rest of the last prompt
 
@@ -30,7 +29,7 @@ def chunks(dataset: Dataset, rows: int = ROWS) -> Iterator[pa.Table]:
     """A dataset in tables of about so many rows that hold whole prompts."""
     for part in dataset.parts:
         left: pa.Table | None = None
-        with pq.ParquetFile(part) as file:
+        with opened(part) as file:
             for batch in file.iter_batches(batch_size=rows):
                 table = pa.Table.from_batches([batch])
                 table = table if left is None else pa.concat_tables([left, table])

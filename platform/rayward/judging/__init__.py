@@ -25,12 +25,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from rayward import dataflow
+from rayward import dataflow, places
 from rayward.config import as_dict, choose, parse_settings
 from rayward.dataflow import Engine, Made, Recipe
 from rayward.errors import SettingsError
 from rayward.judging.answers import AnswerSettings, Judged, judge_answers
 from rayward.judging.steps import StepJudgeSettings, judge_steps
+from rayward.places import Place, at
 from rayward.policies import HOW, POLICIES, drawn_by, gpus_of, make_policy
 from rayward.policies.asking import Asker, Budget, Spent, Tally, VerdictLog
 from rayward.records import rejects_table, rollouts_of, rollouts_table
@@ -81,9 +82,9 @@ class Job:
         return Path(model).name if Path(model).is_dir() else model
 
     @property
-    def folder(self) -> Path:
+    def folder(self) -> Place:
         """Where the verdicts are."""
-        return Path(self.log) if self.log else sibling(Path(self.output), "verdicts")
+        return at(self.log) if self.log else sibling(at(self.output), "verdicts")
 
     def told(self) -> dict[str, Any]:
         """The settings that change what is made, as the manifest has them."""
@@ -96,15 +97,15 @@ def judge_dataset(made_by: str, job: Job) -> Dataset:
     """Judge a dataset of rollouts, and say on stderr what was asked, what came of it, and how far the judge goes by position."""
     rollouts = open_dataset(job.source, "rollouts")
     recipe = Recipe(made_by, job.output, job.told(), [rollouts.lineage()], job.engine, job.overwrite)
-    identity = json.dumps([str(Path(job.output).absolute()), job.told(), rollouts.manifest.digest], sort_keys=True)
+    identity = json.dumps([str(at(job.output).absolute()), job.told(), rollouts.manifest.digest], sort_keys=True)
     tallies = job.folder.absolute() / "tally" / hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
     log = VerdictLog(job.folder.absolute())
     before = log.spent()
     make = partial(_JudgePart, job, str(log.folder), str(tallies))
     [made] = dataflow.transform(recipe, rollouts, make, kind="rollouts", actors=job.actors, gpus=gpus_of(job.judge))
     total: Tally = defaultdict(float)
-    for path in tallies.glob("*.json"):
-        for name, number in json.loads(path.read_text(encoding="utf-8")).items():
+    for said in places.read_many(tallies, [name for name in places.listing(tallies) if name.endswith(".json")]).values():
+        for name, number in json.loads(said).items():
             total[name] += number
     spent = log.spent()
     print(report(total, Spent(spent.requests - before.requests, spent.tokens - before.tokens), log.folder), file=sys.stderr)
@@ -116,8 +117,8 @@ class _JudgePart:
 
     def __init__(self, job: Job, log: str, tallies: str):
         policy = make_policy(job.judge, job.policy_settings)
-        self.how, self.judge, self.tallies = job.how, job.name, Path(tallies)
-        self.asker = Asker(policy, drawn_by(job.judge, job.policy_settings), VerdictLog(Path(log)), job.budget, job.how.seed)
+        self.how, self.judge, self.tallies = job.how, job.name, at(tallies)
+        self.asker = Asker(policy, drawn_by(job.judge, job.policy_settings), VerdictLog(at(log)), job.budget, job.how.seed)
 
     def __call__(self, table: pa.Table) -> Made:
         rollouts = rollouts_of(table)
@@ -126,13 +127,13 @@ class _JudgePart:
             judged: Judged = judge_answers(rollouts, self.how, self.judge, self.asker, tally)
         else:
             judged = judge_steps(rollouts, self.how, self.judge, self.asker, tally)
+        self.asker.log.flush()
         if rollouts:
-            self.tallies.mkdir(parents=True, exist_ok=True)
-            (self.tallies / f"{table['prompt_id'][0]}.json").write_text(json.dumps(tally, sort_keys=True), encoding="utf-8")
+            places.write(self.tallies / f"{table['prompt_id'][0]}.json", json.dumps(tally, sort_keys=True))
         return Made({"": rollouts_table(judged.rollouts)}, rejects_table(judged.rejects), judged.used)
 
 
-def report(tally: Mapping[str, float], asked: Spent, log: Path) -> str:
+def report(tally: Mapping[str, float], asked: Spent, log: Place) -> str:
     """What happened, for a person.
 
     >>> counts = {"questions": 4, "comparisons": 2, "tied": 1, "inconsistent": 1, "verdicts AB": 2, "first AB": 2,

@@ -32,6 +32,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -43,9 +44,10 @@ from rayward.batching import ANSWERS, Batch
 from rayward.config import choose, parse_settings
 from rayward.errors import SettingsError
 from rayward.objectives.comparisons import adjacent, bradley_terry, debiased, focal, hinge, margin, ranknet, scaled, vote_share
-from rayward.objectives.pointwise import binary_cross_entropy, squared_error, three_class
+from rayward.objectives.pointwise import binary_cross_entropy, next_token, squared_error, three_class
 from rayward.objectives.rankings import lambdarank, listnet, pick_best, plackett_luce, q_ranking
 from rayward.objectives.regularisers import REGULARISERS
+from rayward.terms import TERMS
 
 Loss = Callable[..., Tensor]  # (score_GK, target_GK, mask_GK, what else it names) -> loss_G
 GIVEN = ("count_GK", "length_GK", "column_GK", "answer_GK", "output_GKC")  # what a loss may name besides
@@ -65,8 +67,15 @@ class Objective:
     whole: bool = False  # an example's loss depends on the examples of its micro-batch
     terms: Mapping[str, float] = field(default_factory=dict)  # regularisers and their weights
 
-    def of(self, batch: Batch, score_GK: Tensor, output_GKC: Tensor, attributes: int = 0) -> Tensor:
-        """loss_G of what a model said of a batch; `attributes` are how many of the outputs have names."""
+    @property
+    def body_terms(self) -> tuple[str, ...]:
+        """The regularisers that are made of what the body says (terms.TERMS)."""
+        return tuple(name for name in self.terms if name in TERMS)
+
+    def of(
+        self, batch: Batch, score_GK: Tensor, output_GKC: Tensor, attributes: int = 0, terms: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> Tensor:
+        """loss_G of what a model said of a batch; `attributes` are how many of the outputs have names, `terms` what the body said."""
         named = inspect.signature(self.loss).parameters
         given = {name: _given(name, batch, output_GKC) for name in GIVEN if name in named}
         if self.compares and attributes > 1:
@@ -74,7 +83,7 @@ class Objective:
         else:
             loss_G = self.loss(score_GK, batch.target_GK, batch.mask_GK, **given)
         for name, weight in self.terms.items():
-            loss_G = loss_G + weight * REGULARISERS[name](score_GK, batch.mask_GK)
+            loss_G = loss_G + weight * (terms[name] if name in TERMS else REGULARISERS[name](score_GK, batch.mask_GK))
         return loss_G
 
     def right(self, score_GK: Any, target_GK: Any, mask_GK: Any, column_GK: Any) -> metrics.Mean:
@@ -122,6 +131,7 @@ OBJECTIVES: dict[str, Objective] = {
     "q_ranking": Objective(q_ranking, _BY_SIGN, unit=True, compares=False, steps=True),
     "binary_cross_entropy": Objective(binary_cross_entropy, _BY_SIGN, probabilities=True, unit=True, compares=False),
     "three_class": Objective(three_class, _BY_SIGN, probabilities=True, unit=True, compares=False, head="three_class"),
+    "next_token": Objective(next_token, _BY_SIGN, probabilities=True, unit=True, compares=False, head="verdict"),
     "squared_error": Objective(squared_error, _BY_ORDER, compares=False),
 }
 
@@ -149,7 +159,7 @@ def make_objective(name: str, settings: str = "{}", regularise: str = "{}") -> O
         for setting, value in given.items():
             _check_setting(f"objective={name}: {setting}", value, able[setting])
     for term, weight in terms.items():
-        choose(REGULARISERS, term, "regularise")
+        choose({**REGULARISERS, **TERMS}, term, "regularise")
         _check_setting(f"regularise: {term}", weight, 0.01)
     return replace(made, loss=partial(made.loss, **given) if given else made.loss, terms=terms)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from rayward.objectives import OBJECTIVES, Objective, comparisons, pointwise, rankings, settings_of
 from rayward.objectives.regularisers import REGULARISERS
+from rayward.terms import TERMS
 
 _FAMILIES = {"Comparisons of two places": comparisons, "The whole order": rankings, "Every place by itself": pointwise}
 
@@ -33,6 +34,13 @@ ALSO: dict[str, tuple[str, str, str]] = {
     "Monte-Carlo shares weighted by their counts": ("binary_cross_entropy", '{"by_count": 8}', ""),
     "steps of an answer against each other": ("bradley_terry", "{}", "on steps: pairs are made of steps with different targets"),
     "PQM, Q-value ranking": ("q_ranking", '{"margin": 4.0}', "on steps; the paper's margins are 2 and 4"),
+    "generative verifier, GenRM": ("next_token", "{}", "with `render.judge`, `head=verdict` and its `head_tokens`; on outcomes"),
+    "yes/no verifier, softmax over two tokens": ("binary_cross_entropy", "{}", "the same head, or `two_class` started from `head_tokens`"),
+    "verifier trained jointly with the language-modelling loss": (
+        "binary_cross_entropy",
+        "{}",
+        "`--regularise '{\"language\": 0.5}'` with `net.language=true` (Cobbe et al. 2021)",
+    ),
     "multi-attribute regression": ("squared_error", "{}", "with `head=attributes`; ratings that nobody gave are masked"),
 }
 
@@ -59,11 +67,13 @@ def page() -> str:
             right = "the order" if entry.accuracy.__name__ == "order_accuracy" else "the side of 0"
             lines.append(f"| `{name}` | {_said(entry.loss)} | {_settings(entry)} | {_needs(entry)} | {right} |")
         lines += ["", *filter(None, (_more(name, entry) for name, entry in named.items())), ""]
+    every: dict[str, Callable[..., Any]] = {**REGULARISERS, **TERMS}
     lines += ["## Regularisers", "", "They add to any objective: `--regularise '{\"centre\": 0.01}'` gives the weight.", ""]
-    lines += ["| term | per example |", "|---|---|", *(f"| `{name}` | {_said(term)} |" for name, term in REGULARISERS.items()), ""]
+    lines += ["| term | per example |", "|---|---|", *(f"| `{name}` | {_said(term)} |" for name, term in every.items()), ""]
+    lines += [*(f"* **{name}**: {more}" for name, term in every.items() if (more := _rest(term))), ""]
     lines += ["## Under other names", "", "| known as | `--objective` | `--objective-settings` | |", "|---|---|---|---|"]
     lines += [f"| {known} | `{name}` | {'' if given == '{}' else f'`{given}`'} | {note} |" for known, (name, given, note) in ALSO.items()]
-    return "\n".join(lines) + f"\n\n{len(OBJECTIVES)} objectives, {len(REGULARISERS)} regularisers.\n"
+    return "\n".join(lines) + f"\n\n{len(OBJECTIVES)} objectives, {len(every)} regularisers.\n"
 
 
 def _said(function: Callable[..., Any]) -> str:
@@ -77,9 +87,14 @@ def _text(function: Callable[..., Any]) -> str:
 
 def _more(name: str, entry: Objective) -> str:
     """The rest of a docstring, if there is more, as an item of a list; its indented formulas stay formulas."""
-    paragraphs = _text(entry.loss).split("\n\n")[1:]
-    shown = [f"`{' '.join(p.split())}`" if p.startswith("    ") else " ".join(p.split()) for p in paragraphs]
-    return f"* **{name}**: {' '.join(shown)}" if shown else ""
+    more = _rest(entry.loss)
+    return f"* **{name}**: {more}" if more else ""
+
+
+def _rest(function: Callable[..., Any]) -> str:
+    """All but the first paragraph of a docstring."""
+    paragraphs = _text(function).split("\n\n")[1:]
+    return " ".join(f"`{' '.join(p.split())}`" if p.startswith("    ") else " ".join(p.split()) for p in paragraphs)
 
 
 def _settings(entry: Objective) -> str:

@@ -47,3 +47,19 @@ def three_class(
     share_GKC = torch.stack([wrong_GK, 1 - wrong_GK - right_GK, right_GK], -1)
     output_GKC = torch.where(mask_GK.unsqueeze(-1), output_GKC, 0.0)
     return place_mean(-(share_GKC * output_GKC.log_softmax(-1)).sum(-1), mask_GK, _by_count(count_GK, by_count))
+
+
+def next_token(
+    score_GK: Tensor, target_GK: Tensor, mask_GK: Tensor, output_GKC: Tensor, count_GK: Tensor | None = None, by_count: float = 0.0
+) -> Tensor:
+    """-log P(verdict) under a language model's softmax over all tokens, averaged over places (GenRM, arXiv 2408.15240, section 3).
+
+        -t log P(right's token) - (1 - t) log P(wrong's token)
+
+    `binary_cross_entropy` of the same head takes the softmax over the two tokens alone; this is larger by -log P(one of the two), and so
+    also teaches to reply with a verdict at all, as a model must that is to be asked by sampling. Needs a head of three outputs: wrong,
+    right, and the log-sum-exp of all other logits; `score_GK` is not used, it is right - wrong. `by_count` is as elsewhere.
+    """
+    target_GK = torch.where(mask_GK, target_GK, 0.0).to(output_GKC.dtype)
+    wrong_GK, right_GK, _ = torch.where(mask_GK.unsqueeze(-1), output_GKC, 0.0).log_softmax(-1).unbind(-1)
+    return place_mean(-target_GK * right_GK - (1 - target_GK) * wrong_GK, mask_GK, _by_count(count_GK, by_count))

@@ -8,7 +8,7 @@ A line is written when its answer comes in, whole or not at all for whoever read
 is a hash of who judges, with the settings that change what it says, of what it reads, word for word, and of the seed of the sample. So
 other answers, another order, rubric, model or temperature are other questions, and another output that asks the same ones may share the
 log. Failed requests are not kept: they are asked again. A part of a dataset has the hashes that no other part has, so its worker alone
-writes to its files.
+writes to its files. At a URL a log is objects of lines instead (`shipping`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rayward.errors import SettingsError
+from rayward.places import Place, telling
 from rayward.policies import Completion, Policy, Request, stream
+from rayward.policies.shipping import LOOK_S, Shipper
 from rayward.progress import Progress
 from rayward.records import Prompt
 from rayward.toy_world import seed_of
@@ -74,15 +76,19 @@ class Spent(NamedTuple):
 
 
 class VerdictLog:
-    """What was said, by key, in a folder."""
+    """What was said, by key, in a folder or at a URL."""
 
-    def __init__(self, folder: Path, hold: int = 1):
+    def __init__(self, folder: Place, hold: int = 1):
         self.folder, self.hold = folder, hold
         self._leaves: dict[str, dict[str, Reply]] = {}
+        self._shipper = None if isinstance(folder, Path) else Shipper(folder)
+        self._here = folder if self._shipper is None else self._shipper.here
+        self._brought: set[str] = set()  # leaves that were looked for in the store
 
     def find(self, prompt_id: str, key: str) -> Reply | None:
         """What was said to a question before. Questions that come in order of prompt_id need one file at a time (`hold`)."""
         leaf = prompt_id[:2]
+        self._bring(leaf)
         if leaf not in self._leaves:
             while len(self._leaves) >= self.hold:
                 del self._leaves[next(iter(self._leaves))]
@@ -92,6 +98,24 @@ class VerdictLog:
     def forget(self) -> None:
         """Let go of what was read; the files stay."""
         self._leaves.clear()
+
+    def flush(self) -> None:
+        """Have all that was said where it is kept."""
+        if self._shipper is not None:
+            with telling(self.folder):
+                self._shipper.flush()
+
+    def _bring(self, leaf: str) -> None:
+        """What others have sent, laid into the files here, when a leaf is looked at for the first time."""
+        if self._shipper is None or leaf in self._brought:
+            return
+        self._brought.add(leaf)
+        with telling(self.folder):
+            for line in self._shipper.lines(leaf):
+                with contextlib.suppress(ValueError, LookupError, TypeError):
+                    of = str(json.loads(line)["prompt_id"])[:2]
+                    self._append(of, line)
+                    self._leaves.pop(of, None)
 
     def _lines(self, leaf: str) -> Iterator[tuple[str, Reply]]:
         path = self._path(leaf)
@@ -103,22 +127,33 @@ class VerdictLog:
                 continue
 
     def _path(self, leaf: str) -> Path:
-        return self.folder / f"{leaf}.jsonl"
+        return self._here / f"{leaf}.jsonl"
 
     def add(self, prompt_id: str, key: str, reply: Reply, about: Mapping[str, Any]) -> None:
         """Keep an answer."""
         row = {"key": key, **about, **{name: getattr(reply, name) for name in Reply._fields[:4]}}
-        with open(self._path(prompt_id[:2]), "a+b") as file:
-            end = file.seek(0, os.SEEK_END)
-            torn = end > 0 and (file.seek(end - 1), file.read(1))[1] != b"\n"
-            file.write(b"\n" * torn + json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
+        self._append(prompt_id[:2], line)
+        if self._shipper is not None:
+            self._shipper.put(prompt_id[:2], line)
         if prompt_id[:2] in self._leaves:
             self._leaves[prompt_id[:2]][key] = reply
 
+    def _append(self, leaf: str, line: bytes) -> None:
+        with open(self._path(leaf), "a+b") as file:
+            end = file.seek(0, os.SEEK_END)
+            torn = end > 0 and (file.seek(end - 1), file.read(1))[1] != b"\n"
+            file.write(b"\n" * torn + line)
+
     def spend(self, more: Spent, budget: Budget | None = None) -> bool:
         """Add to what was spent; with a budget, only if that allows it, and say so."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        file = os.open(self.folder / "spent.json", os.O_RDWR | os.O_CREAT, 0o644)
+        if self._shipper is not None:
+            if budget is not None and any(vars(budget).values()) and not _allows(budget, Spent(*self._shipper.spent(LOOK_S))):
+                return False
+            self._shipper.spend(*more)
+            return True
+        self._here.mkdir(parents=True, exist_ok=True)
+        file = os.open(self._here / "spent.json", os.O_RDWR | os.O_CREAT, 0o644)
         try:
             with contextlib.suppress(OSError):  # a file system without locks
                 fcntl.flock(file, fcntl.LOCK_EX)
@@ -133,7 +168,10 @@ class VerdictLog:
 
     def spent(self) -> Spent:
         """What all runs spent so far."""
-        path = self.folder / "spent.json"
+        if self._shipper is not None:
+            with telling(self.folder):
+                return Spent(*self._shipper.spent())
+        path = self._here / "spent.json"
         return _spent(path.read_bytes()) if path.is_file() else Spent()
 
 
@@ -177,12 +215,14 @@ class Asker:
                     return
                 yield todo[key][1]
 
-        for place, completion in stream(self.policy, affordable()):
-            key = names[place]
-            said[key] = self._keep(key, todo[key][0], completion)
-            if bar is not None:
-                bar.advance()
+        with self._kept():
+            for place, completion in stream(self.policy, affordable()):
+                key = names[place]
+                said[key] = self._keep(key, todo[key][0], completion)
+                if bar is not None:
+                    bar.advance()
         if over:
+            self.log.flush()
             raise self._budget_is_spent()
         return [said[key] for key in keys]
 
@@ -223,13 +263,25 @@ class Asker:
                 air[key] = [question]
                 yield request
 
-        for place, completion in stream(self.policy, requests()):
-            waiting = air.pop(asked[place])
-            reply = self._keep(asked[place], waiting[0], completion)
-            for question in waiting:
-                yield question, reply
+        with self._kept():
+            for place, completion in stream(self.policy, requests()):
+                waiting = air.pop(asked[place])
+                reply = self._keep(asked[place], waiting[0], completion)
+                for question in waiting:
+                    yield question, reply
         if over:
+            self.log.flush()
             raise self._budget_is_spent()
+
+    @contextlib.contextmanager
+    def _kept(self) -> Iterator[None]:
+        """Where asking is broken off, what was said until then is kept."""
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(Exception):  # why it ended comes first
+                self.log.flush()
+            raise
 
     def _key(self, request: Request) -> str:
         content = json.dumps([self.who, request.prompt, request.kept, request.seed], ensure_ascii=False)

@@ -1,0 +1,82 @@
+"""Where a fit's files lie: in OUTPUT, or, where that is a URL, in a folder of this node's cache that says what the URL says.
+
+    CACHE/fits/NAME-<digest of the URL>/     as OUTPUT; NAME-<digest>.lock beside it, for workers of one node
+
+`prepared.json` names the preparation that groups/ and start/ belong to. A folder that does not know the one at the URL is of another run,
+or of one that was never sent, and is emptied.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rayward import places
+from rayward.away import Away
+
+PREPARED = "prepared.json"  # in OUTPUT at a URL: the folders that were made before training, and a name for their making
+TRACKING = "tracking.json"  # in OUTPUT: which tracked run it belongs to
+PLAIN = ("settings.json", TRACKING)  # files of OUTPUT that are read before training
+
+
+def home(output: str) -> tuple[Path, Away | None]:
+    """The folder that a fit works in, and what it is a copy of where OUTPUT is a URL."""
+    place = places.at(output)
+    if isinstance(place, Path):
+        return place.absolute(), None
+    digest = hashlib.blake2b(str(place).encode(), digest_size=6).hexdigest()
+    folder = places.cache() / "fits" / f"{place.name}-{digest}"
+    return folder, Away(folder, place)
+
+
+def pull(away: Away) -> None:
+    """Let this node's folder hold what was prepared at the URL, and nothing of another run."""
+    with _alone(away.here):
+        said = away.read(PREPARED)
+        mine = away.here / PREPARED
+        if said is None or not mine.is_file() or mine.read_bytes() != said:
+            places.remove(away.here)
+            if said is not None:
+                away.fetch(*json.loads(said)["folders"])
+                places.write(mine, said)
+        for name in PLAIN:
+            content = away.read(name)
+            places.remove(away.here / name) if content is None else places.write(away.here / name, content)
+
+
+def push(away: Away) -> None:
+    """Send what was prepared, under a name that no other preparation has."""
+    folders = [name for name in ("start", "groups") if (away.here / name).is_dir()]
+    away.send(*folders)
+    places.write(away.here / PREPARED, json.dumps({"folders": folders, "made": secrets.token_hex(8)}) + "\n")
+    away.send(PREPARED)
+
+
+def pull_run(run: Away, newest: str = "") -> None:
+    """Let this node's folder hold what a run goes on from: one checkpoint (the newest, or the one named), the best weights, the metrics."""
+    with _alone(run.here.parent):
+        whole = run.whole()
+        steps = [name for name in whole if name.startswith("step-")]
+        kept = {newest} & set(steps) if newest else set(steps[-1:])
+        kept |= {name for name in whole if not name.startswith("step-")}
+        for path in run.here.iterdir() if run.here.is_dir() else ():
+            if path.name not in kept:
+                places.remove(path)
+        lines = run.read("metrics.jsonl")
+        if lines is not None:
+            places.write(run.here / "metrics.jsonl", lines)
+        run.fetch(*sorted(kept))
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process of this node at a time."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f"{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

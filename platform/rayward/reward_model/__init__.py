@@ -1,0 +1,41 @@
+"""Reward models: a Hugging Face sequence-classification model, read at the places a batch names.
+
+    hidden_BTD  what the body says at every token         pooled_GKD  what is read at every place
+    output_GKC  the head's answer, in float32             score_GK    what it comes to (heads.Reading)
+
+    settings.py     which model, which head: net.*      loading.py    from a folder or the hub, and back
+    bodies.py       what a body takes and does          head_choice.py  its own head, a fresh one, a language model's rows
+    model.py        body and head, scores of groups     scratch.py    a small model and tokenizer from nothing
+
+What is saved is a plain Hugging Face folder (config.json, model.safetensors, tokenizer): `AutoModelForSequenceClassification` loads
+it, and gives the same score for one unpadded sequence where the pooling is the model's own. `config.json` carries a `rayward` entry:
+pooling, rendering, temperature, what it was trained on.
+
+What a body can do is found out by asking it, not by a list of names (`examine`): whether it is causal, and whether packed rows with a
+shared prompt give the scores that separate sequences give.
+"""
+
+from rayward.reward_model.bodies import Traits, examine, use_segments
+from rayward.reward_model.loading import Loaded, load_model, read_notes, register_tag, save_model
+from rayward.reward_model.model import RewardModel, autocast, is_bf16, score_groups
+from rayward.reward_model.scratch import tiny_model, word_tokenizer
+from rayward.reward_model.settings import SCALAR, ModelSettings
+
+__all__ = [
+    "SCALAR",
+    "Loaded",
+    "ModelSettings",
+    "RewardModel",
+    "Traits",
+    "autocast",
+    "examine",
+    "is_bf16",
+    "load_model",
+    "read_notes",
+    "register_tag",
+    "save_model",
+    "score_groups",
+    "tiny_model",
+    "use_segments",
+    "word_tokenizer",
+]

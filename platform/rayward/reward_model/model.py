@@ -1,0 +1,193 @@
+"""Body and head as one module, read at the places that a batch names; and the scores of many groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rayward.batching import Batch, BatchSettings, micro_batches
+from rayward.errors import ModelError, SettingsError
+from rayward.heads import Reading
+from rayward.pooling import POOLINGS, Pooling
+from rayward.rendering import Group
+from rayward.reward_model.bodies import (
+    Traits,
+    body_of,
+    check_width,
+    examine,
+    experts_per_token,
+    head_name_of,
+    inputs_of,
+    sliding_window,
+    use_segments,
+)
+from rayward.reward_model.settings import SCALAR
+from rayward.terms import TERMS, Heard
+from rayward.vocabulary import TiedHead, output_weight
+
+
+class Said(NamedTuple):
+    """What a model says of a batch."""
+
+    output_GKC: Tensor
+    terms: dict[str, Tensor]  # name of a term of the body -> one number per example
+
+
+class RewardModel(nn.Module):
+    """Body and head; `score_GK = model(batch)`."""
+
+    def __init__(self, classifier: Any, pooling: Pooling = "auto", max_length: int = 0, reading: Reading = SCALAR):
+        super().__init__()
+        self.classifier: Any = classifier
+        self.reading = reading
+        window = sliding_window(classifier.config)
+        seen = examine(classifier)
+        outgrown = bool(window and max_length > window)
+        self.traits = Traits(seen.causal, seen.shares_prefix and not outgrown)
+        self.pooling: Pooling = ("last" if seen.causal else "own") if pooling == "auto" else pooling
+        if self.pooling == "last" and not seen.causal:
+            raise ModelError(
+                "pooling=last reads a token that has seen what comes after it: this body is not causal",
+                "use --set net.pooling=mean or own",
+            )
+        plain = isinstance(self.head, nn.Linear | nn.Sequential | TiedHead)
+        if reading.output_layer and self.pooling != "last":
+            raise ModelError(
+                f"pooling={self.pooling} reads whole sequences, and a language model's logits are of one token",
+                "use a decoder, with --set net.pooling=last",
+            )
+        if self.pooling == "own" and seen.causal and plain:
+            raise ModelError("pooling=own would look for the last token that is not padding, by its id", "use --set net.pooling=last")
+        self.shares_prefix = self.traits.shares_prefix and self.pooling == "last"
+        self.segmented = self.shares_prefix and use_segments(classifier)
+        if self.pooling != "own" and not plain:
+            raise ModelError(
+                f"pooling={self.pooling} needs a linear head, and {type(classifier).__name__} has a {type(self.head).__name__}",
+                "use --set net.pooling=own",
+            )
+        self.head.float()
+        if self.pooling == "own":
+            self.head.forward = partial(_in_float32, self.head.forward)
+        else:
+            check_width(self.head, self.pooling, classifier.config)
+        self.train(classifier.training)
+
+    @property
+    def head_name(self) -> str:
+        """What Hugging Face's class calls its last layer: the prefix of its parameters."""
+        return head_name_of(self.classifier)
+
+    @property
+    def head(self) -> Any:
+        """The last layer or layers, hidden size to outputs."""
+        return getattr(self.classifier, self.head_name)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    @property
+    def flat(self) -> bool:
+        """Whether all tokens of a micro-batch lie in one row, with attention over its segments and without a mask."""
+        return self.segmented and self.shares_prefix and self.device.type == "cpu"
+
+    def forward(self, batch: Batch) -> Tensor:
+        """score_GK, float32. Masked places hold whatever place 0 scores."""
+        return self.reading.pick(self.outputs(batch), batch.column_GK)
+
+    def outputs(self, batch: Batch) -> Tensor:
+        """output_GKC, float32: everything the head says at the places of a batch."""
+        return self.hear(batch).output_GKC
+
+    def hear(self, batch: Batch, terms: Collection[str] = ()) -> Said:
+        """What the head says at the places of a batch, and the named terms of the body (terms.TERMS).
+
+        Raises:
+            SettingsError: if the body has nothing that a term could be made of.
+        """
+        T = batch.token_BT.shape[1]
+        if terms:
+            self._check_terms(terms)
+        if self.pooling == "own":
+            logit_BC = self.classifier(**inputs_of(self.classifier, batch, packed=False)).logits
+            return Said(logit_BC.float()[batch.place_GK // T], {})
+        heard = self._body_says(batch, routers="balance" in terms)
+        hidden_BTD = heard.hidden_BTD
+        if self.pooling == "last":
+            pooled_GKD = hidden_BTD.flatten(0, 1)[batch.place_GK]
+        else:
+            pooled_GKD = POOLINGS[self.pooling](hidden_BTD, batch.segment_BT >= 0)[batch.place_GK // T]
+        with torch.autocast(pooled_GKD.device.type, enabled=False):
+            return Said(self.head(pooled_GKD.float()), {name: TERMS[name](heard, batch) for name in terms})
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """hidden_BTD of the body."""
+        return self._body_says(batch).hidden_BTD
+
+    def _body_says(self, batch: Batch, routers: bool = False) -> Heard:
+        body = body_of(self.classifier)
+        inputs = inputs_of(body, batch, packed=self.shares_prefix, flat=self.flat)
+        if not routers:
+            said, top_k = body(**inputs), 0
+        else:
+            said, top_k = body(**inputs, output_router_logits=True), experts_per_token(body)
+        weight_VD = output_weight(self.classifier, self.reading.output_layer) if self.reading.output_layer else None
+        return Heard(said.last_hidden_state, tuple(said.router_logits) if routers else (), top_k, weight_VD)
+
+    def _check_terms(self, terms: Collection[str]) -> None:
+        """Whether the body has what terms are made of."""
+        if "language" in terms and not self.reading.output_layer:
+            raise SettingsError(
+                "regularise: language is about a language model's output layer, which this model does not have",
+                "keep it: --set net.language=true with --set net.new_head=true",
+            )
+        if "balance" in terms and (self.pooling == "own" or not experts_per_token(body_of(self.classifier))):
+            raise SettingsError("regularise: balance is about experts, and this body tells of none", "leave it out")
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Dropout off and no gradients inside, and the mode it was in after."""
+        was = self.training
+        self.eval()
+        try:
+            with torch.inference_mode():
+                yield
+        finally:
+            self.train(was)
+
+
+def _in_float32(forward: Callable[..., Tensor], hidden: Tensor, *more: Any, **named: Any) -> Tensor:
+    """A class's own head as ours are: in float32, whatever the body is in."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return forward(hidden.float(), *more, **named)
+
+
+def autocast(device: torch.device, precision: Literal["auto", "fp32", "bf16"]) -> Any:
+    """bf16 where it is asked for, or where the device is made for it; weights and head stay in float32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_bf16(device, precision))
+
+
+def is_bf16(device: torch.device, precision: Literal["auto", "fp32", "bf16"]) -> bool:
+    """Whether a forward pass on this device is in bf16."""
+    return precision == "bf16" or (precision == "auto" and device.type == "cuda")
+
+
+def score_groups(
+    model: RewardModel, groups: Sequence[Group], settings: BatchSettings, precision: Literal["auto", "fp32", "bf16"] = "auto"
+) -> list[np.ndarray]:
+    """The scores of every group, one per place, in order."""
+    scores: list[np.ndarray] = [np.empty(0)] * len(groups)
+    with model.evaluating(), autocast(model.device, precision):
+        for start in range(0, len(groups), 1024):  # so that no more than these are sorted and held as batches
+            for numbers, batch in micro_batches(groups[start : start + 1024], settings, model.shares_prefix, model.flat):
+                score_GK = model(batch.to(model.device)).cpu().numpy()
+                for n, score_K in zip(numbers, score_GK, strict=True):
+                    scores[start + n] = score_K[: len(groups[start + n].place_K)]
+    return scores

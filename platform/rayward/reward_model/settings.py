@@ -1,0 +1,41 @@
+"""Which model, and how a score is read from it: the settings `net.*`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rayward import heads
+from rayward.config import choose, parse_settings
+from rayward.heads import Reading
+from rayward.pooling import Pooling
+
+SCALAR = Reading()
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Which model, and how a score is read from it."""
+
+    pooling: Pooling = "auto"  # last: at the place; first, mean, max, mean_max: of the sequence; own: the class's way; auto: last if causal
+    new_head: bool = False  # put a fresh head on a model that has none (a base model); without it, a missing head is an error
+    head: str = "auto"  # scalar, two_class, three_class, attributes, debiased or verdict; auto: the model's own, else by the labels
+    head_layers: int = 1  # 2: a hidden layer before the outputs of a new head
+    head_tokens: str = ""  # a new head starts from (verdict: reads) the language model's rows of these tokens, right first, e.g. "+ -"
+    language: bool = False  # keep the language model's output layer too, for --regularise '{"language": 0.1}'
+    attribute_weights: str = "{}"  # JSON of attribute -> weight in the score; without any all weigh alike
+    dropout: bool = False  # keep the model's dropout on while training
+    trust_remote_code: bool = False  # run code that comes with the model
+    width: int = 64  # hidden size of a model from scratch (--model tiny)
+    layers: int = 2  # layers of a model from scratch
+    words: int = 8192  # most words in the vocabulary of a model from scratch
+
+    def __post_init__(self) -> None:
+        if self.width % 16 or self.width < 16:
+            raise ValueError(f"width={self.width} must be a multiple of 16")
+        if self.layers < 1:
+            raise ValueError(f"layers={self.layers} must be at least 1")
+        if self.head != "auto":
+            choose(heads.KINDS, self.head, "head")
+        if self.head_layers not in (1, 2):
+            raise ValueError(f"head_layers={self.head_layers} must be 1 or 2")
+        parse_settings(self.attribute_weights, "attribute_weights", '{"helpful": 2}')
