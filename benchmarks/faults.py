@@ -33,6 +33,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from ray_nodes import Cluster, can_cut, can_mount, cluster, end, fill
+from rayward import places
 
 OUTAGE_S = 20.0  # how long a node is cut off, and MLflow is down
 LIMIT_S = 600.0  # a command that takes longer hangs
@@ -54,12 +55,12 @@ def _parts(output: Path) -> dict[str, int]:
 
 
 def _steps(output: Path) -> int:
-    """The step of the last line of metrics."""
+    """The step of the last whole line of metrics: a full disk tears one."""
     try:
         lines = (output / "run" / "metrics.jsonl").read_text().splitlines()
-        return int(json.loads(lines[-1])["step"])
-    except (OSError, IndexError, ValueError):
+    except OSError:
         return 0
+    return next((int(json.loads(line)["step"]) for line in reversed(lines) if line.endswith("}")), 0)
 
 
 def _drawn(output: Path) -> int:
@@ -431,6 +432,8 @@ def _problem(job: Job, fault: str, scene: Scene, first: Ran, last: Ran, said: st
         return f"the same command fails: {' '.join(tail)}"
     if job.made(scene.output) != reference.made:
         return "another result"
+    if left := [str(path.relative_to(scene.output)) for path in scene.output.rglob(f"{places.ASIDE}*")]:
+        return f"half-written files are left in the result: {left[0]}"
     if first.code not in (0, -signal.SIGKILL) and any(line.startswith(('  File "', "Traceback (most")) for line in said.splitlines()):
         return "a stack trace instead of an error"
     if first.code not in (0, -signal.SIGKILL) and said.lower().count("error: ") != 1:

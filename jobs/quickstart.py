@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rayward import cluster, dataflow, evaluation, fitting, labels, registry, sampling, suites
+from rayward import cluster, dataflow, evaluation, fitting, labels, places, registry, sampling, suites
 from rayward.batching import BatchSettings
 from rayward.config import as_dict, command
 from rayward.dataflow import Engine, Recipe
 from rayward.evaluation import Report
 from rayward.fitting import FitSettings, Fitted
+from rayward.places import Place
 from rayward.rendering import RenderSettings
 from rayward.reward_model import ModelSettings
 from rayward.sampling import SampleSettings
@@ -35,7 +36,7 @@ SUITE = {"pairs": "toy_pairs", "rankings": "toy_best_of_8", "steps": "toy_steps"
 class Settings:
     """What quickstart needs to know."""
 
-    output: str = "store/quickstart"  # folder for everything it makes; the registry is the store's (RAYWARD_STORE)
+    output: str = "store:quickstart"  # place for everything it makes, here below the store (RAYWARD_STORE), whose registry it uses
     problems: int = 1000  # problems that are sampled for each kind of label
     engine: Engine = "ray"  # where labels are built; local starts no cluster
     overwrite: bool = False  # forget an earlier quickstart in OUTPUT
@@ -54,16 +55,16 @@ class Story:
 
 def main(settings: Settings) -> None:
     """Three kinds of labels, three models, one table."""
-    output = Path(settings.output)
+    output = places.at(settings.output)
     if settings.overwrite:
         for name in ("answers", "stepwise", *SUITE, *(f"{k}-{what}" for k in SUITE for what in ("model", "report"))):
-            shutil.rmtree(output / name, ignore_errors=True)
+            places.remove(output / name)
     made = label(settings, output)
     stories = [train_and_judge(kind, examples, output) for kind, examples in made.items()]
     show(stories, output)
 
 
-def label(settings: Settings, output: Path) -> dict[str, Dataset]:
+def label(settings: Settings, output: Place) -> dict[str, Dataset]:
     """Sample answers (and continuations of step prefixes), and make all three kinds of examples of them."""
 
     def recipe(made_by: str, name: str, what: dict[str, Any], *inputs: Dataset) -> Recipe:
@@ -84,7 +85,7 @@ def label(settings: Settings, output: Path) -> dict[str, Dataset]:
     return made
 
 
-def train_and_judge(kind: str, examples: Dataset, output: Path) -> Story:
+def train_and_judge(kind: str, examples: Dataset, output: Place) -> Story:
     """One kind of label: train, evaluate on unseen problems, register, promote."""
     print(f"\n{2 + list(SUITE).index(kind)}. A reward model from {kind}", file=sys.stderr)
     folder = output / f"{kind}-model"
@@ -106,13 +107,13 @@ def train_and_judge(kind: str, examples: Dataset, output: Path) -> Story:
         report, rows = evaluation.evaluate(suites.SUITES[suite](), scorer.try_score, f"{suite}: unseen problems", f"toy-{kind}")
         page = evaluation.write_report(str(output / f"{kind}-report"), report, rows) / "report.html"
         run.summary(report.headline)
-        run.artifact(page)
+        run.artifact(places.fetch(page))
         version = registry.register(run, fitted.model, f"toy-{kind}", {**fitted.tags, **report.headline})
     registry.promote(f"toy-{kind}", version)
     return Story(kind, examples, fitted, report, version)
 
 
-def show(stories: list[Story], output: Path) -> None:
+def show(stories: list[Story], output: Place) -> None:
     """The table, and what to do next."""
     from rich.console import Console
     from rich.table import Table
@@ -146,11 +147,12 @@ def show(stories: list[Story], output: Path) -> None:
     console.print()
     console.print(table)
     print("\n" + "\n".join(also))
-    print(f"\nreports: {output}/*-report/report.html\n\ntry next:")
+    shown = os.path.relpath(output) if isinstance(output, Path) else output
+    print(f"\nreports: {shown}/*-report/report.html\n\ntry next:")
     here = "rayward" if shutil.which("rayward") else os.path.relpath(Path(sys.executable).parent / "rayward")
     print(f"  {here} ui                                   # opens the registry and the runs in a browser")
     print(f"  {here} models show toy-steps@champion       # what a model is and what it came from")
-    print(f"  {here} run evaluate_model --model models:/toy-pairs@champion --suite toy_best_of_8 --output store/report")
+    print(f"  {here} run evaluate_model --model models:/toy-pairs@champion --suite toy_best_of_8 --output store:report")
 
 
 if __name__ == "__main__":

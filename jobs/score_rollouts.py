@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from rayward import metrics, registry, scoring
 from rayward.config import command
 from rayward.dataflow import Engine, Recipe
-from rayward.places import is_remote
 from rayward.storage import Dataset, open_dataset
 
 
@@ -36,7 +35,7 @@ class Settings:
 def main(settings: Settings) -> Dataset:
     """Score every part of the rollouts."""
     rollouts = open_dataset(settings.source, "rollouts")
-    model = settings.model if is_remote(settings.model) else str(registry.model_folder(settings.model).absolute())
+    model = registry.model_address(settings.model)
     recipe = Recipe.of("score_rollouts", settings, rollouts.lineage(), registry.identity(settings.model))
     return scoring.score_dataset(recipe, rollouts, model, settings.actors, settings.aggregate, settings.gpus)
 

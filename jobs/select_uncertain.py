@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from rayward import registry, uncertainty
 from rayward.config import command
 from rayward.dataflow import Engine, Recipe
-from rayward.places import is_remote
 from rayward.storage import Dataset, open_dataset
 from rayward.uncertainty import SelectSettings
 
@@ -48,7 +47,7 @@ def main(settings: Settings) -> Dataset:
     """Score the pool with every model, choose, write."""
     pool = open_dataset(settings.source, "rollouts")
     settings.select.chosen_measure(len(settings.model))
-    folders = [model if is_remote(model) else str(registry.model_folder(model).absolute()) for model in settings.model]
+    folders = [registry.model_address(model) for model in settings.model]
     recipe = Recipe.of("select_uncertain", settings, pool.lineage(), *map(registry.identity, settings.model))
     made = uncertainty.select(recipe, pool, folders, settings.count, settings.select, settings.actors, settings.gpus)
     found = uncertainty.shares(made)

@@ -34,8 +34,8 @@ class Settings:
     workers: int = 1  # 1 trains in this process, more on a group of Ray Train workers
     min_workers: int = 0  # fewest workers to go on with while nodes come and go, up to `workers` (0: always that many)
     cpus_per_worker: float = 1.0  # CPU cores that each of several workers holds
-    gpus_per_worker: float = -1.0  # GPUs that each of them holds; 0: none, -1: one where the cluster has enough
-    wait_s: float = -1.0  # seconds to wait for room; -1: 600 where the cluster is busy, none where it is too small; say it where one grows
+    gpus_per_worker: float = -1.0  # GPUs that each of them holds; 0: none, -1: one where the cluster has any or its autoscaler may add some
+    wait_s: float = -1.0  # seconds to wait for room; -1: 600 where the cluster is busy or has an autoscaler, none where it is too small
     register: str = ""  # name to register the model under
     validation_share: float = 0.05  # share of prompts held out for validation where the examples have no validation side
     net: ModelSettings = ModelSettings()
@@ -47,12 +47,11 @@ class Settings:
 
 def main(settings: Settings) -> Fitted:
     """Fit, log, register."""
-    named = settings.model.startswith("models:/")
-    fit = FitSettings.of(settings, model=str(registry.model_folder(settings.model)) if named else settings.model)
+    fit = FitSettings.of(settings, model=registry.model_address(settings.model))
     registry.check_name(settings.register)
-    each = Resources(settings.cpus_per_worker, settings.gpus_per_worker, settings.wait_s)
-    prepared = fitting.prepare(fit, settings.output, settings.workers, settings.min_workers, each)
-    with registry.run("train_reward_model", as_dict(settings), keep=prepared.folder / fitting.TRACKING) as run:
+    per_worker = Resources(settings.cpus_per_worker, settings.gpus_per_worker, settings.wait_s)
+    prepared = fitting.prepare(fit, settings.output, settings.workers, settings.min_workers, per_worker)
+    with registry.run("train_reward_model", as_dict(settings), keep=prepared.place / fitting.TRACKING) as run:
         run.dataset(prepared.sides.dataset, "training")
         fitted = prepared.train(run.metrics)
         run.summary({**{f"best_{n}": v for n, v in fitted.metrics.items()}, "temperature": fitted.notes["temperature"]})

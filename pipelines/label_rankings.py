@@ -40,10 +40,10 @@ def main(settings: Settings) -> Dataset:
     if settings.scores:
         from rayward import registry, scoring  # torch and mlflow, only where a model is asked for
 
-        folder, judge = registry.model_folder(settings.scores).absolute(), registry.identity(settings.scores)
+        model, judge = registry.model_address(settings.scores), registry.identity(settings.scores)
         recipe = Recipe.of("label_rankings", settings, rollouts.lineage(), judge)
         return scoring.label_by_scores(
-            recipe, rollouts, str(folder), f"scores of {settings.scores}", LABELERS["rankings"], settings.label, settings.actors
+            recipe, rollouts, model, f"scores of {settings.scores}", LABELERS["rankings"], settings.label, settings.actors
         )
     recipe = Recipe.of("label_rankings", settings, rollouts.lineage())
     return dataflow.label(recipe, rollouts, LABELERS["rankings"], settings.label)

@@ -20,7 +20,7 @@ from driving import here, rayward
 from rayward import checkup
 from rayward.checkup import Finding
 from rayward.cli.cluster import line
-from rayward.cluster import nodes, questions
+from rayward.cluster import nodes, probes
 from rayward.cluster.nodes import Node, Silence
 
 GIB = 2**30
@@ -71,6 +71,8 @@ def opened(*listens: str, without: int = 200, given: int = 200) -> dict[str, Any
         (checkup.tracking("http://u:secret@h:5000", {"here": "200", "a": "200"}), "green", "http://h:5000 answers here and on 1 node"),
         (checkup.tracking("http://h", {"here": "200", "a": Silence("asleep")}), "red", "a: asleep"),
         (checkup.tracking("http://h", {"here": "401", "a": "200"}), "red", "refuses: here: 401"),
+        (checkup.tracking("http://h", {"here": "200", "a": "401"}), "green", "answers here and on 1 node"),
+        (checkup.tracking("http://h", {"here": "200", "a": "502"}), "red", "does not answer: a: 502"),
         (checkup.door("Jobs API", 8265, {}), "yellow", "nothing listens"),
         (checkup.door("Jobs API", 8265, {"a": opened("127.0.0.1", "10.0.0.1")}), "red", "10.0.0.1:8265 asks for no token"),
         (checkup.door("Jobs API", 8265, {"a": opened("127.0.0.1")}), "yellow", "127.0.0.1:8265 asks for no token"),
@@ -79,6 +81,8 @@ def opened(*listens: str, without: int = 200, given: int = 200) -> dict[str, Any
         (checkup.door("Jobs API", 8265, {"a": opened("10.0.0.1", without=403, given=403)}), "red", "refuses the token of a itself"),
         (checkup.door("agents", 1, {"a": opened("10.0.0.1", without=401), "b": opened("10.0.0.2")}), "red", "10.0.0.2:1 asks"),
         (checkup.door("agents", 1, {"a": opened("fd00::2")}), "red", "fd00::2:1 asks"),
+        (checkup.door("agents", 1, {"a": opened("head.local", without=200)}), "red", "head.local:1 asks for no token"),
+        (checkup.door("Jobs API", 1, {"a": opened("10.0.0.1", without=0, given=0)}), "yellow", "says nothing"),
         (checkup.head_door("h:1", "refused", ["127.0.0.1", "10.0.0.1"]), "green", "refuses without the token"),
         (checkup.head_door("h:1", "answered", ["127.0.0.1", "10.0.0.1"]), "red", "asks for no token"),
         (checkup.head_door("h:1", "answered", []), "red", "asks for no token"),
@@ -174,7 +178,7 @@ def test_a_node_that_does_not_answer_is_an_answer(ray_cluster: Any) -> None:
     def broken() -> None:
         raise ValueError("the disk is gone")
 
-    [only] = nodes.nodes()
+    [only] = nodes.alive()
     began = time.monotonic()
     assert nodes.on_each([only], asleep, 1.0) == {only.name: Silence("no answer within 1 s")}
     assert time.monotonic() - began < 30
@@ -187,10 +191,10 @@ def test_the_questions_need_nothing_of_this_package_on_the_node() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         code = f"import ray, sys, pickle; sys.modules['rayward'] = None; print(pickle.load(sys.stdin.buffer)('127.0.0.1', {port}))"
-        cloudpickle.register_pickle_by_value(questions)
-        by_value = cloudpickle.dumps(questions.reach)
-        cloudpickle.unregister_pickle_by_value(questions)
-        by_name = cloudpickle.dumps(questions.reach)
+        cloudpickle.register_pickle_by_value(probes)
+        by_value = cloudpickle.dumps(probes.reach)
+        cloudpickle.unregister_pickle_by_value(probes)
+        by_name = cloudpickle.dumps(probes.reach)
         runs = [subprocess.run([sys.executable, "-c", code], input=sent, capture_output=True, timeout=60) for sent in (by_value, by_name)]
     assert runs[0].stdout.split() == [b"200"], runs[0].stderr
     assert b"ModuleNotFoundError" in runs[1].stderr

@@ -52,6 +52,13 @@ def test_run_passes_words_output_and_exit_code(at_home: Path) -> None:
     assert rayward("run", "mine.py", "--x", "a b", "--help", "-h", cwd=at_home) == Said(7, "['--x', 'a b', '--help', '-h']\n", "aside\n")
 
 
+def test_the_store_of_a_command_is_an_option_before_it(at_home: Path) -> None:
+    (at_home / "mine.py").write_text("import os; print(os.environ['RAYWARD_STORE'])")
+    assert done(rayward("--store", "s3://bucket/me", "run", "mine.py", cwd=at_home)).out == "s3://bucket/me\n"
+    assert "other/mlflow.db" in done(rayward("--store", "other", "models", "list", cwd=at_home)).out
+    rayward("--store", "store:x", "ls", cwd=at_home).mistake("names itself")
+
+
 def test_run_by_name_does_the_work(toy: Toy, at_home: Path) -> None:
     said = done(rayward("run", "label_rankings", "--source", str(toy.answers), "--output", "rankings", cwd=at_home))
     made = open_dataset(at_home / "rankings", "examples")

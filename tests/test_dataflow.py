@@ -24,10 +24,10 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from rayward import dataflow
+from rayward import dataflow, storage
 from rayward.cli import find_script
 from rayward.config import as_dict
-from rayward.dataflow import Recipe
+from rayward.dataflow import Recipe, claims
 from rayward.errors import DataError, SettingsError
 from rayward.labels import PairSettings
 from rayward.policies import POLICIES, Completion, Request
@@ -312,6 +312,35 @@ def test_a_transform_that_broke_off_goes_on_with_the_parts_that_are_missing(tmp_
     assert made.manifest.rows_in == made.manifest.out == 240
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out", "rows.jsonl"]
     assert sorted(p.name for p in made.path.iterdir()) == ["manifest.json", *(p.name for p in made.parts)]
+
+
+def test_a_kill_while_a_dataset_is_published_costs_nothing_that_was_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = imported(write(tmp_path / "rows.jsonl", rows_of(60)), tmp_path / "in", parts=4)
+    calls: list[int] = []
+
+    def work(table: pa.Table) -> dataflow.Made:
+        calls.append(0)
+        return dataflow.Made({"": table}, source.rejects(), table.num_rows)
+
+    def dies(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "_to_disk", dies)
+        with pytest.raises(KeyboardInterrupt):
+            dataflow.transform(recipe(tmp_path / "out"), source, lambda: work, kind="rollouts")
+    [made] = dataflow.transform(recipe(tmp_path / "out"), source, lambda: work, kind="rollouts")
+    assert len(calls) == 4
+    assert made.manifest.digest == source.manifest.digest
+    assert sorted(p.name for p in made.path.iterdir()) == ["manifest.json", *(p.name for p in made.parts)]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out", "rows.jsonl"]
+
+
+def test_a_lock_that_was_published_with_its_stage_is_held_by_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = tmp_path / ".out.partial"
+    monkeypatch.setattr("rayward.dataflow.claims.fcntl.flock", lambda file, how: stage.rename(tmp_path / "out"))
+    with pytest.raises(DataError, match="another run is making"), claims.claimed(stage, tmp_path / "out"):
+        pass
 
 
 @pytest.mark.parametrize("killed_at", ["lay-out/000001", "join/000000", "join/000002"])

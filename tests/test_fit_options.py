@@ -28,9 +28,10 @@ from rayward.errors import RaywardError, SettingsError
 from rayward.fitting import FitSettings, fit
 from rayward.optimizers import head_parts
 from rayward.rendering import RenderSettings
-from rayward.reward_model import ModelSettings, RewardModel
+from rayward.reward_model import ModelSettings, RewardModel, load_model
 from rayward.storage import Dataset
 from rayward.training import TrainSettings, freeze
+from test_generative import language_model
 from tiny import classifier, toy_dataset
 
 torch.set_num_threads(1)
@@ -373,3 +374,29 @@ def test_a_group_of_no_range_is_refused(workers: int, least: int, pairs: Dataset
 
     with pytest.raises(SettingsError, match=f"min_workers={least} and workers={workers} are no range"):
         prepare(settings_of(pairs), str(tmp_path), workers, least)
+
+
+@pytest.mark.parametrize(
+    ("net", "changed", "workers", "said"),
+    [
+        ({}, {"regularise": '{"balance": 0.1}'}, 1, "balance is about experts"),
+        ({}, {"regularise": '{"language": 0.1}'}, 1, "net.language=true"),
+        ({"language": True}, {"train": replace(TRAIN, shard=True)}, 2, "reads them as its output layer"),
+    ],
+)
+def test_what_a_body_lacks_is_said_before_the_first_step(
+    net: dict[str, Any], changed: dict[str, Any], workers: int, said: str, pairs: Dataset, tmp_path: Path
+) -> None:
+    from rayward.fitting import prepare
+
+    language_model(tmp_path / "base", tied=True)
+    settings = replace(settings_of(pairs), model=str(tmp_path / "base"), net=ModelSettings(new_head=True, **net), **changed)
+    with pytest.raises(SettingsError, match=said):
+        prepare(settings, str(tmp_path / "fit"), workers)
+
+
+def test_a_head_without_weights_of_its_own_cannot_be_all_that_is_trained(tmp_path: Path) -> None:
+    language_model(tmp_path, tied=True)
+    model = load_model(str(tmp_path), ModelSettings(head="verdict", head_tokens="+ -", new_head=True)).model
+    with pytest.raises(SettingsError, match="freeze_layers=-1 leaves nothing to train"):
+        freeze(model, -1)

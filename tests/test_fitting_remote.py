@@ -23,10 +23,10 @@ import torch
 from safetensors.torch import load_file
 
 from rayward import checkpoints, places
-from rayward.away import Away
 from rayward.batching import BatchSettings
 from rayward.errors import RaywardError, SettingsError
 from rayward.fitting import FitSettings, Fitted, fit, prepare
+from rayward.mirror import Mirror
 from rayward.rendering import RenderSettings
 from rayward.reward_model import ModelSettings
 from rayward.storage import Dataset
@@ -161,7 +161,7 @@ def test_a_run_whose_node_is_lost_goes_on_elsewhere(lost: str, bucket: str, node
     with pytest.raises(Crash):
         fit(settings, url, report=crashing(2 if lost.startswith("before") else 8))
     if lost == "while sending":
-        newest = [name for name in Away(Path("none"), places.at(url) / "run").whole() if name.startswith("step-")][-1]
+        newest = [name for name in Mirror(Path("none"), places.at(url) / "run").whole() if name.startswith("step-")][-1]
         assert newest == "step-00000006"
         places.remove(places.at(url) / "run" / newest / "state.json")
     shutil.rmtree(node("first"))
@@ -203,10 +203,10 @@ def test_a_model_and_examples_at_a_url(bucket: str, node: Any, settings: FitSett
 def test_a_store_that_is_away_ends_a_run_with_the_way_on(
     bucket: str, node: Any, settings: FitSettings, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rayward import away
+    from rayward import mirror
 
     url = f"{bucket}/away"
-    monkeypatch.setattr(away, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(mirror, "PATIENCE_S", 0.0)
     sent = places.send
 
     def refusing(local: Path, to: Any) -> Any:

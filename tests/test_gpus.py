@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 
 from driving import here
 from driving import toy as make_toy
+from rayward import cluster
 from rayward.cluster import placement
 from rayward.dataflow.engine import run
 from rayward.errors import SettingsError
@@ -22,6 +24,7 @@ PRETENDED = """
 import functools, json, os, sys, threading
 import ray
 from ray.experimental.internal_kv import _internal_kv_list
+from rayward import cluster
 from rayward.cluster import placement
 from rayward.dataflow.engine import run
 
@@ -115,3 +118,36 @@ def test_a_scoring_job_that_cannot_be_placed_says_so(ray_cluster: Any, tmp_path_
     words = ["--model", toy.pairs_model, "--source", toy.answers, "--output", tmp_path / "scored", "--engine", "ray", "--gpus", "8"]
     here("score_rollouts", *words).mistake("gpus=8: no machine of this cluster has more than 0", "ask for fewer")
     assert not (tmp_path / "scored").exists()
+
+
+@pytest.fixture
+def growing(ray_cluster: Any) -> Iterator[None]:
+    """A cluster without GPUs whose autoscaler says that it may add machines with two, and none with three any more."""
+    from ray._raylet import GCS_AUTOSCALER_CLUSTER_CONFIG_KEY, GCS_AUTOSCALER_STATE_NAMESPACE
+    from ray.core.generated.autoscaler_pb2 import ClusterConfig, NodeGroupConfig
+    from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_put
+
+    groups = [NodeGroupConfig(resources={"CPU": 8, "GPU": n}, max_count=most) for n, most in ((2, 4), (3, 0))]
+    _internal_kv_put(
+        GCS_AUTOSCALER_CLUSTER_CONFIG_KEY,
+        ClusterConfig(node_group_configs=groups).SerializeToString(),
+        namespace=GCS_AUTOSCALER_STATE_NAMESPACE,
+    )
+    yield
+    _internal_kv_del(GCS_AUTOSCALER_CLUSTER_CONFIG_KEY, namespace=GCS_AUTOSCALER_STATE_NAMESPACE)
+
+
+def test_gpus_that_an_autoscaler_may_add_count(ray_cluster: Any, growing: None) -> None:
+    assert cluster.gpus_each(-1) == 1
+    assert cluster.gpus_each(2) == 2
+    placement.check_fits({"CPU": 8, "GPU": 2})
+    for asked in ({"GPU": 3.0}, {"CPU": 9.0}):
+        with pytest.raises(SettingsError, match="no machine of this cluster"):
+            placement.check_fits(asked)
+    with pytest.raises(SettingsError, match="gpus=3"):
+        cluster.gpus_each(3)
+
+
+def test_without_gpus_and_without_an_autoscaler_cpus_work(ray_cluster: Any) -> None:
+    assert cluster.gpus_each(-1) == 0
+    assert not placement.autoscaling()

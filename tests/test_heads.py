@@ -555,6 +555,7 @@ def test_neutral_steps_train_three_classes(store: Path, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_head_of_two_layers_survives_a_kill_and_goes_on_in_a_later_stage(store: Path, tmp_path: Path) -> None:
     steps = toy_dataset("steps", tmp_path, 48).path
     often = [w for s in ("train.checkpoint_every=2", "train.log_every=1", "net.head=two_class", "net.head_layers=2") for w in ("--set", s)]

@@ -5,8 +5,10 @@ The store is moto's S3 server on loopback: real requests, real answers, and a lo
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -21,14 +23,23 @@ from typing import Any
 
 import pytest
 
-from rayward import places, storage
-from rayward.dataflow import claims
+from chat_server import ChatServer, judge
+from rayward import evaluation, places, storage
+from rayward.batching import BatchSettings
+from rayward.cli import find_script
+from rayward.dataflow import Engine, claims
+from rayward.dataflow.engine import session
 from rayward.errors import DataError
+from rayward.fitting import FitSettings, fit, open_sides
 from rayward.places import Place, at
 from rayward.policies.asking import Budget, Reply, Spent, VerdictLog
+from rayward.rendering import RenderSettings
+from rayward.reward_model import ModelSettings
 from rayward.storage import Dataset, open_dataset
+from rayward.training import TrainSettings
 from test_dataflow import pipeline, rows_of
 from test_dataflow import write as write_rows
+from tiny import toy_dataset
 
 pytest.importorskip("s3fs", reason="needs the extra s3")
 pytest.importorskip("moto", reason="needs moto[server]")
@@ -163,6 +174,70 @@ def test_what_follows_the_chain_goes_to_a_url_too(bucket: Bucket, rows: Path, on
     assert b"<html" in places.read(at(bucket.url + "/lint/index.html"))
 
 
+def job(name: str, **settings: Any) -> Any:
+    """Run a job by name, in this process."""
+    script = runpy.run_path(str(find_script(name)))
+    return script["main"](script["Settings"](**settings))
+
+
+def work_with_models(to: str, model: str, engine: Engine) -> None:
+    """Draw answers, label their steps by drawing, score them, choose among them, judge them, and the model: prints digests."""
+    from rayward.montecarlo import StepSampling
+
+    with session(engine, 0):
+        made = [pipeline("sample_rollouts", problems="toy:12", output=f"{to}/rollouts", parts=2, engine=engine)]
+        words = {"source": f"{to}/rollouts", "engine": engine}
+        made.append(pipeline("label_steps", **words, output=f"{to}/steps", sampling=StepSampling(policy="toy")))
+        made.append(pipeline("score_rollouts", **words, model=model, output=f"{to}/scored"))
+        made.append(pipeline("select_uncertain", **words, model=(model,), output=f"{to}/chosen", count=4))
+        with ChatServer(judge()) as server:
+            asked = json.dumps({"base_url": server.url, "model": "m"})
+            made.append(pipeline("judge_pairs", **words, output=f"{to}/judged", judge_settings=asked))
+        made.append(pipeline("label_pairs", **words, output=f"{to}/pairs"))
+    report = job("evaluate_model", model=model, examples=f"{to}/pairs", output=f"{to}/report")
+    numbers = {name: value for name, value in report.headline.items() if value == value}
+    print("MADE " + json.dumps([*(dataset.manifest.digest for dataset in made), numbers]))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_what_works_with_models_makes_the_same_at_a_url_on_ray(bucket: Bucket, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    settings = FitSettings(
+        examples=str(toy_dataset("pairs", tmp_path / "learnt", problems=30).path),
+        model="tiny",
+        objective="auto",
+        net=ModelSettings(width=32),
+        render=RenderSettings(max_length=128),
+        batch=BatchSettings(size=8),
+        train=TrainSettings(epochs=1),
+        validation_share=0.2,
+    )
+    places.send(fit(settings, str(folder)).model, f"{bucket.url}/model")
+    said = []
+    for to, model, engine in ((str(tmp_path), str(folder / "model"), "local"), (bucket.url, f"{bucket.url}/model", "ray")):
+        folders = {f"RAYWARD_{name.upper()}": str(tmp_path / name) for name in ("cache", "store")}
+        own = {**folders, "OMP_NUM_THREADS": "1", "RAY_ADDRESS": ""}
+        code = f"import test_object_store as t; t.work_with_models({to!r}, {model!r}, {engine!r})"
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(
+            command, cwd=Path(__file__).parent, env={**os.environ, **own}, capture_output=True, text=True, encoding="utf-8", timeout=500
+        )
+        assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+        said.append(json.loads(done.stdout.rpartition("MADE ")[2]))
+    assert said[0] == said[1]
+    assert {"report.json", "report.html", "scores.parquet"} == set(places.listing(at(f"{bucket.url}/report")))
+
+
+def test_a_report_that_was_half_sent_is_replaced_and_what_is_no_report_is_kept(bucket: Bucket) -> None:
+    output = f"{bucket.url}/report"
+    places.write(at(output) / "scores.parquet", "as a run leaves it that was killed before report.json")
+    assert str(evaluation.check_output(output)) == output
+    places.write(at(output) / "thesis.tex", "years of work")
+    with pytest.raises(DataError, match="already holds something else"):
+        evaluation.check_output(output)
+
+
 # ------------------------------------------------------------------------------------------------------------ what it costs
 
 
@@ -195,15 +270,25 @@ def test_requests_of_a_pipeline_grow_with_its_parts_and_are_few(bucket: Bucket, 
 def breaking(monkeypatch: pytest.MonkeyPatch, when: Callable[[str], bool]) -> list[str]:
     """Have the run end without a word where it writes an object that `when` names; gives what was written."""
     written: list[str] = []
-    real = places.write
+    write, landing = places.write, places.landing
 
-    def write(place: Place, content: bytes | str) -> None:
+    def note(place: Place) -> None:
         if when(str(place)):
             raise KeyboardInterrupt
         written.append(str(place))
-        real(place, content)
 
-    monkeypatch.setattr(places, "write", write)
+    def writing(place: Place, content: bytes | str) -> None:
+        note(place)
+        write(place, content)
+
+    @contextlib.contextmanager
+    def sending(place: Place) -> Iterator[Path]:
+        with landing(place) as here:
+            yield here
+            note(place)
+
+    monkeypatch.setattr(places, "write", writing)
+    monkeypatch.setattr(places, "landing", sending)
     return written
 
 
@@ -255,6 +340,9 @@ def test_a_run_that_was_broken_off_while_it_published_publishes_again(
     assert calls
     with pytest.raises(DataError, match="is being written, or what wrote it was stopped"):
         open_dataset(f"{bucket.url}/split")
+    places.write(at(f"{bucket.url}/split/train/manifest.json"), "one side is there, and the others are not yet")
+    with pytest.raises(DataError, match="is being written, or what wrote it was stopped"):
+        open_sides(f"{bucket.url}/split", 0.1)
     same(pipeline("split_examples", **words), on_disk[2:])
     assert {name.split("/")[0] for name in places.listing(at(bucket.url), deep=True)} == {"split"}
 
@@ -320,6 +408,7 @@ def test_what_stands_there_is_kept_or_replaced_as_on_disk(bucket: Bucket, rows: 
 def stage(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> Place:
     monkeypatch.setattr(claims, "BEAT_S", 0.2)
     monkeypatch.setattr(claims, "LAPSE_S", 1.5)
+    monkeypatch.setattr(claims, "SETTLE_S", 0.1)
     return at(bucket.url + "/.out.partial")
 
 
@@ -358,6 +447,23 @@ def test_a_lease_of_a_process_of_this_machine_that_ended_is_void_at_once(
     with claims.claimed(stage, at(bucket.url + "/out")) as check:
         check()
     assert "waiting" not in capsys.readouterr().err
+
+
+def test_of_two_who_take_a_void_lease_at_once_one_has_it(stage: Place, bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    lease(stage, pid=ended.pid, machine=claims._machine())
+    remove = places.remove_files
+
+    def slow(folder: Place, names: list[str]) -> None:
+        """The other one removed it too, and wrote its own, after this one looked."""
+        remove(folder, names)
+        monkeypatch.setattr(claims.time, "sleep", lambda seconds: lease(stage, owner="the other"))
+
+    monkeypatch.setattr(places, "remove_files", slow)
+    with pytest.raises(DataError, match="another run is making"), claims.claimed(stage, at(bucket.url + "/out")):
+        pass
+    assert json.loads(places.read(stage / claims.LOCK))["owner"] == "the other"
 
 
 def test_a_run_whose_lease_was_taken_publishes_nothing(stage: Place, bucket: Bucket) -> None:
@@ -480,7 +586,7 @@ def test_a_verdict_log_is_read_by_whoever_comes_next(bucket: Bucket) -> None:
 
 
 def test_what_was_said_is_sent_in_seconds_and_by_itself(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rayward.policies.shipping.SHIP_S", 0.1)
+    monkeypatch.setattr("rayward.policies.remote_log.SEND_S", 0.1)
     folder = at(bucket.url + "/verdicts")
     log = VerdictLog(folder)
     log.add("aaff", "key", reply("said"), {"prompt_id": "aaff", "sample": 0})
@@ -491,7 +597,7 @@ def test_what_was_said_is_sent_in_seconds_and_by_itself(bucket: Bucket, monkeypa
 
 
 def test_many_small_objects_become_one(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rayward.policies.shipping.MERGED", 5)
+    monkeypatch.setattr("rayward.policies.remote_log.MERGED", 5)
     folder = at(bucket.url + "/verdicts")
     log = VerdictLog(folder)
     for n in range(12):

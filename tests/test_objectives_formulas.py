@@ -30,7 +30,7 @@ from rayward.objectives import (
 )
 from rayward.objectives.places import correlation, rank
 from rayward.objectives.regularisers import log_barrier
-from test_objectives import GROUP, SCORE, Places, loss_of, losses, tensors, with_gradient
+from test_objectives import ALONG, GROUP, SCORE, SHORT, Places, loss_of, losses, tensors, with_gradient
 
 PROPERTY = settings(deadline=None, max_examples=40)
 RANKING = st.lists(SCORE, min_size=2, max_size=5)  # scores of places in the order of their targets, the best first
@@ -157,6 +157,35 @@ def classes(places: Places) -> float:
     return mean(total)
 
 
+def verdict(places: Places) -> float:
+    """Logits -s/2, s/2 and s/5 of wrong, right and the rest, as test_objectives gives them."""
+    total = []
+    for s, t in places:
+        wrong, right, rest = (math.exp(x * s) for x in (-0.5, 0.5, 0.2))
+        total.append(-t * math.log(right / (wrong + right + rest)) - (1 - t) * math.log(wrong / (wrong + right + rest)))
+    return mean(total)
+
+
+def along(score: float, target: float) -> list[float]:
+    """The scores at the tokens of an answer, as test_objectives gives them."""
+    return [score + more for more in (ALONG[:2] if target > SHORT else ALONG)]
+
+
+def deepspeed(places: Places) -> float:
+    """Every pair token by token, from the second, where they part, to the end of the longer answer; one that has ended keeps its score."""
+    made = []
+    for (s, t), (r, u) in itertools.permutations(places, 2):
+        if t > u:
+            better, worse = along(s, t), along(r, u)
+            tokens = range(1, max(len(better), len(worse)))
+            made.append(mean([lost(wins(better[min(n, len(better) - 1)], worse[min(n, len(worse) - 1)])) for n in tokens]))
+    return mean(made)
+
+
+def token_entropy(places: Places) -> float:
+    return mean([mean([t * lost(wins(s, 0)) + (1 - t) * lost(wins(0, s)) for s in along(score, t)]) for score, t in places])
+
+
 FORMULAS: dict[str, Callable[[Places], float]] = {
     "bradley_terry": lambda places: mean([lost(wins(a, b)) for a, b, _ in ordered(places)]),
     "vote_share": votes,
@@ -174,6 +203,9 @@ FORMULAS: dict[str, Callable[[Places], float]] = {
     "q_ranking": pqm,
     "binary_cross_entropy": entropy,
     "three_class": classes,
+    "next_token": verdict,
+    "token_wise": deepspeed,
+    "token_cross_entropy": token_entropy,
     "squared_error": lambda places: mean([(s - t) ** 2 for s, t in places]),
 }
 

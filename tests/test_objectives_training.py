@@ -68,8 +68,12 @@ def refusal(entry: Objective, kind: str, examples: list[Example]) -> str:
     """What must be said of this kind of label; empty if it is accepted."""
     if entry.head and kind == "attributes":
         return "short"  # the attribute that such a head has no output for
+    if entry.ends and kind == "attributes":
+        return "a head that is not of attributes"
     if entry.unit and not all(0 <= t <= 1 for targets in targets_of(examples) for t in targets):
         return "needs targets between 0 and 1"
+    if entry.ends and kind == "steps":
+        return "gives an answer's target to all of its tokens"
     if entry.compares and not any(len(set(targets)) > 1 for targets in targets_of(examples)):
         return "compares places of one example"
     return ""
@@ -97,8 +101,8 @@ def losses(entry: Objective, examples: list[Example], folder: Path) -> tuple[flo
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
 
     def loss() -> torch.Tensor:
-        output_GKC = model.outputs(batch)
-        return entry.of(batch, model.reading.pick(output_GKC, batch.column_GK), output_GKC, len(model.reading.attributes)).mean()
+        output_GKC, terms = model.hear(batch, entry.body_terms)
+        return entry.of(batch, model.reading.pick(output_GKC, batch.column_GK), output_GKC, len(model.reading.attributes), terms).mean()
 
     before = loss().item()
     for _ in range(STEPS):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -63,6 +65,7 @@ def test_the_store_is_a_folder_or_a_url(tmp_path: Path, monkeypatch: pytest.Monk
         ("store:/etc", "leads out of the store"),
         ("s3://bucket/a/../../x", "is no address"),
         ("s3://", "is no address"),
+        ("s3://bucket/run[1]", "take for a pattern"),
         ("s4://bucket/x", "nothing here reaches s4://"),
         ("https://host/x", "nothing here reaches https://"),
         ("s3://bucket/x?endpoint_override=somewhere", "AWS_ENDPOINT_URL"),
@@ -111,6 +114,35 @@ def test_a_file_is_created_once(tmp_path: Path) -> None:
     assert (tmp_path / "a").read_bytes() == b"1"
 
 
+class Refusal(OSError):
+    """What a store says of a conditional write, as s3fs passes it on."""
+
+    def __init__(self, code: str):
+        super().__init__("refused")
+        self.response = {"Error": {"Code": code}}
+
+
+@pytest.mark.parametrize(
+    ("code", "makes"), [("NotImplemented", True), ("PreconditionFailed", False), ("ConditionalRequestConflict", False)]
+)
+def test_a_file_is_created_once_also_in_a_store_of_other_words(code: str, makes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = at(f"memory://{uuid.uuid4().hex}/lock")
+    real = type(place.fs).pipe_file
+
+    def refusing(self: object, path: str, value: bytes, **how: object) -> None:
+        if "mode" in how:
+            raise Refusal(code)
+        real(self, path, value)
+
+    monkeypatch.setattr(type(place.fs), "pipe_file", refusing)
+    assert places.create(place, b"1") == makes
+    assert place.exists() == makes
+    assert not places.create(place, b"2")
+    code = "SlowDown"
+    with pytest.raises(Refusal):
+        places.create(place, b"3")
+
+
 def test_a_file_lands_where_it_belongs_when_it_is_whole(folder: Place) -> None:
     with places.landing(folder / "x.txt") as path:
         path.write_text("whole")
@@ -151,6 +183,49 @@ def test_another_content_is_another_copy(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(DataError, match="does not exist"):
         places.fetch(folder / "nothing")
     assert not [p for p in (tmp_path / "cache").iterdir() if p.name.startswith(".")]
+
+
+def test_what_changes_while_it_is_fetched_is_fetched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAYWARD_CACHE", str(tmp_path / "cache"))
+    folder = at(f"memory://{uuid.uuid4().hex}/model")
+    for name in ("a.bin", "b.bin"):
+        places.write(folder / name, "old")
+    real, changes = type(folder.fs).get, ["newer!"]
+
+    def changing(self: object, *paths: object, **how: object) -> None:
+        real(self, *paths, **how)
+        for name in ("a.bin", "b.bin") if changes else ():
+            places.write(folder / name, changes[0])
+        del changes[:1]
+
+    monkeypatch.setattr(type(folder.fs), "get", changing)
+    here = places.fetch(folder)
+    assert [(here / name).read_text() for name in ("a.bin", "b.bin")] == ["newer!", "newer!"]
+    places.write(folder / "a.bin", "0")
+    changes += ["1" * n for n in range(2, 6)]
+    with pytest.raises(DataError, match="changes while it is read"):
+        places.fetch(folder)
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_a_cache_with_a_limit_lets_go_of_what_was_used_longest_ago(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAYWARD_CACHE", str(tmp_path / "cache"))
+    folder = at(f"memory://{uuid.uuid4().hex}/models")
+    fetched = {}
+    for days, name in ((5, "a"), (3, "b"), (4, "c"), (0, "d")):
+        places.write(folder / name / "weights.bin", b"x" * 1000)
+        fetched[name] = places.fetch(folder / name)
+        then = time.time() - days * 86_400
+        for path in (fetched[name].parent, fetched[name], fetched[name] / "weights.bin"):
+            os.utime(path, (then, then))
+    assert places.fetch(folder / "c") == fetched["c"], "used now"
+    monkeypatch.setenv("RAYWARD_CACHE_GB", "0.000001")  # a kilobyte
+    places.write(folder / "e" / "weights.bin", b"x" * 1000)
+    fetched["e"] = places.fetch(folder / "e")
+    assert {name for name, path in fetched.items() if path.exists()} == {"c", "d", "e"}, "what was used within a day stays"
+    monkeypatch.setenv("RAYWARD_CACHE_GB", "much")
+    with pytest.raises(SettingsError, match="RAYWARD_CACHE_GB=much is no number"):
+        places.fetch(folder / "a")
 
 
 def test_what_makes_a_folder_whole_is_sent_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

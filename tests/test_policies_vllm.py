@@ -330,6 +330,7 @@ def test_every_way_to_end_comes_back_through_rays_own_stage(ray_cluster: Any, mo
     assert {text.count("<s>") for text in read} == {1}
 
 
+@pytest.mark.slow
 def test_every_call_loads_the_model_once_and_draws_the_same(ray_cluster: Any, model: Path, stand_in: dict[str, Any]) -> None:
     policy = made(model, stand_in, concurrency=1)
     asked = [Request(question(f"p{n // 2}"), (), n) for n in range(6)]

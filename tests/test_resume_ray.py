@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from rayward.batching import BatchSettings
 from rayward.errors import RaywardError
 from rayward.fitting import FitSettings, Resources, fit
-from rayward.fitting.placement import scaling
+from rayward.fitting.placement import choose_gpus, scaling
 from rayward.rendering import RenderSettings
 from rayward.reward_model import ModelSettings
 from rayward.storage import Dataset
@@ -83,6 +83,12 @@ def test_two_workers_have_the_curve_of_one(two_workers: Path, pairs: Dataset, tm
 def test_a_group_that_cannot_be_placed_says_so(ray_cluster: Any, each: Resources, workers: int, said: str) -> None:
     with pytest.raises(RaywardError, match=said):
         scaling(ray_cluster, each, workers, workers)
+
+
+def test_workers_train_on_cpus_where_there_is_no_gpu_and_say_so(ray_cluster: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert choose_gpus(ray_cluster, Resources(cpus=2), 2) == Resources(cpus=2, gpus=0)
+    assert "training on CPUs: this cluster has no GPU" in capsys.readouterr().err
+    assert choose_gpus(ray_cluster, Resources(gpus=1), 2) == Resources(gpus=1)
 
 
 def test_a_group_waits_for_what_others_hold_and_no_longer(ray_cluster: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -317,7 +317,7 @@ def test_archives_with_members_and_pickles_are_not_opened(tmp_path: Path, name: 
     assert not mark.exists()
 
 
-@pytest.mark.parametrize("name", ["..", "../escaped", "a/b", "a/../b", "/etc/passwd", "a\nb", "a'; drop table runs; --", "models:/x", "a\\b"])
+@pytest.mark.parametrize("name", ["..", "../escaped", "a/b", "a/../b", "/etc/passwd", "a\nb", "a'; drop table", "models:/x", "a\\b"])
 def test_a_model_is_registered_under_a_name_and_no_path(name: str) -> None:
     with pytest.raises(RegistryError, match="is no name for a model"):
         check_name(name)

@@ -126,6 +126,7 @@ def test_spread_over_two_workers_the_curve_is_that_of_one(rank: int, sides: tupl
         torch.testing.assert_close(spread[name], alone[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_two_workers_wrote_two_or_one_go_on_from(sides: tuple[Path, Path], tmp_path: Path) -> None:
     undisturbed(sides, tmp_path / "alone")
     for world in (2, 1):

@@ -275,6 +275,7 @@ def trained(examples: Path, output: Path, *words: str) -> Scorer:
     return Scorer.load(output / "model")
 
 
+@pytest.mark.slow
 def test_a_process_reward_model_with_tags_from_rollouts_to_the_registry(store: Path, tmp_path: Path) -> None:
     sample = ("--set", "sample.answers=1", "--set", "sample.continued=1", "--set", "sample.continuations=8")
     for name, problems in (("train", "toy:600"), ("test", "toy:150:1")):

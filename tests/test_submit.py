@@ -12,9 +12,12 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -22,8 +25,8 @@ import pytest
 from driving import RAYWARD, ROOT, Said, done, rayward
 from rayward import cli
 from rayward.cluster import jobs, shipping
+from rayward.cluster.dashboard import Address, _get, check_url, find_address, reach
 from rayward.cluster.jobs import Request
-from rayward.cluster.reaching import _get, check_url, find_address, reach
 from rayward.errors import SettingsError
 
 SECRET = "planted-5ecret"
@@ -67,6 +70,10 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("ray://head:10001", "http://head:8265"),
         ("auto", "http://127.0.0.1:8265"),
         ("http://", "http://"),
+        ("http://:8265", "http://HOST"),
+        ("http://head:port", "http://HOST"),
+        ("[fd00::2]:6379", "http://[fd00::2]:8265"),
+        (f"ray://me:{SECRET}@head:10001", "http://head:8265"),
         (f"http://me:{SECRET}@head:8265", "RAY_AUTH_TOKEN"),
     ],
 )
@@ -80,17 +87,62 @@ def test_an_address_that_is_no_dashboard_is_explained(address: str, way_out: str
 def test_a_cluster_is_said_or_in_the_environment_or_in_the_launchers_file(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SettingsError, match="which cluster"):
         find_address()
-    Path("cluster.yaml").write_text("cluster_name: c\nprovider: {type: local, head_ip: 10.1.2.3, worker_ips: []}\n")
-    assert find_address() == ("http://10.1.2.3:8265", "")
-    Path("other.yaml").write_text("cluster_name: c\nprovider: {type: local, head_ip: 10.1.2.4, worker_ips: []}\n")
-    assert find_address(cluster_file="other.yaml") == ("http://10.1.2.4:8265", " --cluster other.yaml")
+    Path("cluster.yaml").touch()
+    assert find_address() == Address(launcher_file="cluster.yaml")
+    assert find_address(cluster_file="my other.yaml") == Address(launcher_file="my other.yaml", options=" --cluster 'my other.yaml'")
     monkeypatch.setenv("RAY_ADDRESS", "http://env:8265")
-    assert find_address() == ("http://env:8265", "")
-    assert find_address("https://said:1/") == ("https://said:1", " --address https://said:1")
+    assert find_address() == Address("http://env:8265")
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://[fd00::2]:8265")
+    assert find_address() == Address("http://[fd00::2]:8265")
+    assert find_address("https://said:1/") == Address("https://said:1", options=" --address https://said:1")
+    with pytest.raises(SettingsError, match="two ways"):
+        find_address("https://said:1/", "cluster.yaml")
+
+
+SSH = '''#!{python}
+"""A stand-in for ssh: no machine to log in to is here. It refuses, or carries its one -L to a port of this machine."""
+import socket, sys, threading
+words = sys.argv[1:]
+if "refused@10.1.2.3" in words:
+    sys.exit("refused@10.1.2.3: Permission denied (publickey).")
+listens = socket.create_server(("127.0.0.1", int(words[words.index("-L") + 1].split(":")[0])))
+
+def carry(one, other):
+    while data := one.recv(65536):
+        other.sendall(data)
+    other.close()
+
+while True:
+    near, far = listens.accept()[0], socket.create_connection(("127.0.0.1", {port}))
+    for pair in ((near, far), (far, near)):
+        threading.Thread(target=carry, args=pair, daemon=True).start()
+'''
+
+
+def launcher_file(user: str) -> str:
+    Path(f"{user}.yaml").write_text(
+        f"cluster_name: c\nprovider: {{type: local, head_ip: 10.1.2.3, worker_ips: []}}\nauth: {{ssh_user: {user}, ssh_private_key: ~/k}}\n"
+    )
+    return f"{user}.yaml"
+
+
+def test_a_launchers_file_that_leads_nowhere_says_what_to_run(mine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("empty.yaml").write_text("rows: 3\n")
     for file in ("empty.yaml", "missing.yaml"):
         with pytest.raises(SettingsError, match=re.escape(file)):
-            find_address(cluster_file=file)
+            reach(cluster_file=file)
+    put_ssh(tmp_path, 9, monkeypatch)
+    with pytest.raises(SettingsError, match="Permission denied") as error:
+        reach(cluster_file=launcher_file("refused"))
+    assert "ssh -N -o ExitOnForwardFailure=yes -L 8265:127.0.0.1:8265 -i" in error.value.way_out
+    assert "and then --address http://127.0.0.1:8265" in error.value.way_out
+
+
+def put_ssh(folder: Path, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "bin").mkdir()
+    (folder / "bin" / "ssh").write_text(SSH.format(python=sys.executable, port=port))
+    (folder / "bin" / "ssh").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder / 'bin'}:{os.environ['PATH']}")
 
 
 # -------------------------------------------------------------------------------------------------------- what a cluster sees
@@ -142,9 +194,46 @@ def test_what_only_this_machine_has_is_refused_before_anything_is_sent(mine: Pat
         describe(mine, *given, request=request, here=True)  # on this machine it means what it means
 
 
-def test_an_output_by_default_is_looked_at_too(mine: Path) -> None:
-    with pytest.raises(SettingsError, match="--output store/quickstart would be made"):
-        describe(mine, resolved={"output": "store/quickstart"})
+@pytest.mark.parametrize("name", ["output", "log"])
+def test_what_a_script_makes_by_default_is_looked_at_too(mine: Path, name: str) -> None:
+    with pytest.raises(SettingsError, match=f"--{name} store/made would be made"):
+        describe(mine, resolved={name: "store/made"})
+
+
+def test_a_store_that_nobody_names_is_an_error_there_and_not_a_folder_that_is_lost(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shell = describe(mine, resolved={"output": "store:quickstart"}).entrypoint()
+    plain = {name: value for name, value in os.environ.items() if name != "RAYWARD_STORE"}
+    said = subprocess.run(["sh", "-c", shell], env=plain, capture_output=True, text=True)
+    assert (said.returncode, said.stdout) == (2, "")
+    assert "export RAYWARD_STORE" in said.stderr
+    there = subprocess.run(
+        ["sh", "-c", shell.replace("exec python", "echo")], env={**plain, "RAYWARD_STORE": "s3://b/p"}, capture_output=True
+    )
+    assert there.stdout == b"mine.py\n"
+    monkeypatch.setenv("RAYWARD_STORE", "s3://bucket/store")
+    assert not describe(mine, resolved={"output": "store:quickstart"}).needs_store
+
+
+def test_two_files_of_one_name_are_refused(mine: Path) -> None:
+    for folder in ("a", "b"):
+        (mine.parent / folder).mkdir()
+        (mine.parent / folder / "util.py").write_text(folder)
+    with pytest.raises(SettingsError, match=r"both be sent as util\.py"):
+        describe(mine, request=Request(ship=(Path("a/util.py"), Path("b/util.py"))))
+
+
+def test_a_link_is_sent_under_its_own_name(mine: Path) -> None:
+    (mine.parent / "beside.py").rename(mine.parent / "beside_v2.py")
+    (mine.parent / "beside.py").symlink_to("beside_v2.py")
+    assert sorted(describe(mine).files) == ["beside.py", "mine.py"]
+
+
+@pytest.mark.parametrize("name", [f"PLANTED={SECRET}", "NOT_THERE", "BASH_FUNC_f%%"])
+def test_a_variable_that_cannot_be_sent_is_refused(mine: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv("BASH_FUNC_f%%", "() { :; }")
+    with pytest.raises(SettingsError, match="--env") as error:
+        describe(mine, request=Request(env=(name,)))
+    assert SECRET not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -234,6 +323,7 @@ def test_a_job_is_called_after_what_it_does(mine: Path, monkeypatch: pytest.Monk
 def test_private_variables_come_back_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     value = 'it\'s "a" secret = $HOME\nof two lines \\ '
     shipping.pack(tmp_path, {}, {"PLANTED": value})
+    assert (tmp_path / shipping.PRIVATE).stat().st_mode & 0o077 == 0
     shell = subprocess.run(["sh", "-c", f'. ./{shipping.PRIVATE} && printf %s "$PLANTED"'], cwd=tmp_path, capture_output=True, text=True)
     assert shell.stdout == value
     monkeypatch.delenv("PLANTED", raising=False)
@@ -381,8 +471,96 @@ def test_what_stands_in_the_way_is_said(mine: Path, head: Head, monkeypatch: pyt
     assert target.here
     assert target.room(CPU=2)
     assert not target.room(CPU=3)
-    with pytest.raises(SettingsError, match="no job mien") as error:
-        jobs.find(target, "mien")
+    for job_id in ("mien", ""):
+        with pytest.raises(SettingsError, match=f"no job '{job_id}'"):
+            jobs.find(target, job_id)
+    assert not target.autoscaling()
+    for ask in (
+        lambda: jobs.stop(target, "gone-1"),
+        lambda: jobs.log(target, "gone-1"),
+        lambda: jobs.follow(target, "gone-1", print, print),
+    ):
+        with pytest.raises(SettingsError, match="does not know gone-1"):
+            ask()
+
+
+def test_a_launchers_file_is_reached_through_ssh(mine: Path, head: Head, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The token of this cluster goes through the tunnel, and the tunnel ends with the command."""
+    put_ssh(tmp_path, int(head.url.rpartition(":")[2]), monkeypatch)
+    said = head.rayward("jobs", "list", "--json", "--cluster", launcher_file("me"), env={"HTTP_PROXY": "http://127.0.0.1:9"})
+    assert isinstance(json.loads(done(said).out), list)
+    assert said.err == ""
+    left = [path for path in Path("/proc").glob("[0-9]*/cmdline") if str(tmp_path / "bin" / "ssh").encode() in read(path)]
+    assert left == []
+
+
+def read(path: Path) -> bytes:
+    """All of a file, nothing of one that is gone."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+@contextlib.contextmanager
+def broken_dashboard() -> Iterator[str]:
+    """A dashboard whose version answers and whose jobs fail."""
+
+    class Broken(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            works = {"/api/version": {"ray_version": "2.60.0", "version": "4"}, "/nodes?view=summary": {"data": {"summary": []}}}
+            self.send_response(200 if self.path in works else 500)
+            self.end_headers()
+            self.wfile.write(json.dumps(works.get(self.path)).encode() if self.path in works else b"the head is out of memory")
+
+        do_POST = do_PUT = do_GET
+
+        def log_message(self, *_: Any) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Broken) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+def test_a_dashboard_that_fails_is_one_message(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+    with broken_dashboard() as url:
+        target = reach(url)
+        for ask in (lambda: jobs.listed(target), lambda: jobs.send(target, describe(mine)), lambda: jobs.stop(target, "x-1")):
+            with pytest.raises(SettingsError, match="500") as error:
+                ask()
+            assert "rayward jobs list --address" in error.value.way_out
+
+
+@pytest.mark.parametrize(
+    ("status", "exit_code", "code"), [("SUCCEEDED", 0, 0), ("FAILED", 3, 3), ("FAILED", 0, 1), ("FAILED", None, 1), ("STOPPED", None, 130)]
+)
+def test_the_exit_code_of_a_job_that_failed_is_never_zero(status: str, exit_code: int | None, code: int) -> None:
+    info = SimpleNamespace(
+        submission_id="a-1", status=status, driver_exit_code=exit_code, start_time=1, end_time=2, message=f"at s3://K:{SECRET}@b"
+    )
+    assert jobs.verdict(info, "look")[0] == code
+    assert SECRET not in jobs.verdict(info, "look")[1]
+
+
+def test_a_token_in_the_clear_is_said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+    monkeypatch.setattr("rayward.cluster.dashboard.ANSWER_S", 0.2)
+    with pytest.raises(SettingsError, match="no Ray cluster answers"):
+        reach("http://192.0.2.1:8265")
+    said = capsys.readouterr().err
+    assert "unencrypted to http://192.0.2.1:8265" in said
+    assert TOKEN not in said
+
+
+def test_run_says_that_a_dashboard_is_not_where_programs_join(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rayward import cluster
+
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
+    with pytest.raises(SettingsError, match="programs do not join") as error, cluster.connect():
+        pass
+    assert "rayward submit" in error.value.way_out
 
 
 # ----------------------------------------------------------------------------------------------------------- a real cluster, slow
@@ -460,9 +638,11 @@ def test_as_from_elsewhere_with_a_shared_folder(mine: Path, head: Head, monkeypa
         monkeypatch.setenv(name, value)
     target = reach()
     (mine.parent / "a.yaml").write_text("x: 1\n")
-    mine.write_text("import os, sys\nprint(os.path.exists(sys.argv[2]), 'runtime_resources' in os.getcwd())\n")
-    for python, code, line in ((sys.executable, 0, "True True"), ("no-such-python", 127, "not found")):
-        job = describe(mine, "--config", "a.yaml", python, request=Request(python=python))
+    (mine.parent / "nfs" / "rows").mkdir(parents=True)
+    rows = str(mine.parent / "nfs" / "rows")
+    mine.write_text("import os, sys\nprint(*map(os.path.exists, (sys.argv[2], sys.argv[4])), 'runtime_resources' in os.getcwd())\n")
+    for python, code, line in ((sys.executable, 0, "True True True"), ("no-such-python", 127, "not found")):
+        job = describe(mine, "--config", "a.yaml", "--source", rows, request=Request(python=python, shared=(Path("nfs"),)))
         monkeypatch.setattr(jobs, "_runtime_env", lambda job, name, folder: {"working_dir": folder})  # a python for the entry process only
         job_id, fresh = jobs.send(target, job)
         assert fresh

@@ -270,7 +270,7 @@ def test_another_process_loads_a_registered_model(toy: Toy, gate: Gate) -> None:
     Path("rows.json").write_text(json.dumps([{"prompt": r.prompt[-1].content, "answer": r.text} for r in rollouts]))
     code = (
         "import json, mlflow, pandas\n"
-        'model = mlflow.pyfunc.load_model("models:/shared-rm")\n'
+        'model = mlflow.pyfunc.load_model("models:/shared-rm/1")\n'
         'print(json.dumps(model.predict(pandas.read_json("rows.json", orient="records"))["score"].tolist()))'
     )
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)

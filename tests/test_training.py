@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from rayward import checkpoints
 from rayward.batching import BatchSettings, plan
 from rayward.errors import DataError, ModelError, RaywardError, SettingsError, UserError
-from rayward.fitting import FitSettings, Fitted, fit
+from rayward.fitting import FitSettings, Fitted, fit, prepare
 from rayward.labels import LABELERS
 from rayward.metrics import Mean
 from rayward.objectives import make_objective
@@ -456,6 +456,16 @@ def test_a_folder_of_something_else_is_refused(pairs: Dataset, tmp_path: Path) -
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(SettingsError, match="is not empty and holds no run"):
         fit(replace(FIT, examples=str(pairs.path)), str(tmp_path))
+
+
+def test_a_tracked_run_that_began_before_the_fit_is_no_stranger(pairs: Dataset, tmp_path: Path) -> None:
+    for name in ("tracking.json", "tracking.pending.jsonl"):
+        (tmp_path / name).write_text("{}")
+    prepare(replace(FIT, examples=str(pairs.path)), str(tmp_path))
+    (tmp_path / "settings.json").unlink()
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(SettingsError, match="is not empty and holds no run"):
+        prepare(replace(FIT, examples=str(pairs.path)), str(tmp_path))
 
 
 def test_probabilities_are_not_learned_from_rewards_of_five(tmp_path: Path) -> None:

@@ -306,6 +306,7 @@ def test_a_selection_adds_up_and_says_why(source: Dataset, models: dict[str, lis
     assert [row["uncertainty"] for row in ranked.values()] == sorted((r["uncertainty"] for r in ranked.values()), reverse=True)
 
 
+@pytest.mark.slow
 def test_ray_chooses_the_same(ray_cluster: Any, source: Dataset, models: dict[str, list[str]], tmp_path: Path) -> None:
     made = [selected(source, models["pairs"], tmp_path / engine, engine) for engine in ("local", "ray")]
     assert made[0].manifest.digest == made[1].manifest.digest

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from rayward.rendering import Group
 
+AT_ONCE = 4096  # tokens
 ANSWERS = 1 << 12  # segment ids: group in row * ANSWERS + answer, 0 for the prompt; -1 is padding
 
 
@@ -31,12 +32,18 @@ class BatchSettings:
 
     size: int = 32  # examples in a step, over all workers and micro-batches
     row_tokens: int = 320  # tokens a packed row aims at; attention costs grow with its square, a longer group gets a longer row
-    micro_tokens: int = 4096  # tokens that go through the model at once; a smaller number takes less memory and changes no loss
+    micro_tokens: int = AT_ONCE  # tokens that go through the model at once; a smaller number takes less memory and changes no loss; 0: in
+    # training as many as fit into the GPU's memory
 
     def __post_init__(self) -> None:
-        for name in ("size", "row_tokens", "micro_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name, least in (("size", 1), ("row_tokens", 1), ("micro_tokens", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+
+    @property
+    def at_once(self) -> int:
+        """`micro_tokens`, where nothing was measured its default."""
+        return self.micro_tokens or AT_ONCE
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,21 @@ class Batch:
     def tokens(self) -> int:
         """Tokens that are no padding."""
         return int((self.segment_BT >= 0).sum())
+
+    @property
+    def prompted_GK(self) -> Tensor:
+        """Whether a place has a prompt in front, of a token at least."""
+        own_G1 = torch.arange(len(self.prompt_GK), device=self.prompt_GK.device).unsqueeze(-1)
+        return self.group_BT.flatten()[self.prompt_GK] == own_G1
+
+    def answer_GKT(self) -> Tensor:
+        """Flat index of every token of the answer that a place is in, -1 behind its end and for masked places; T of the longest answer."""
+        position_N = self.position_BT.flatten()
+        prompt_GK = torch.where(self.prompted_GK, position_N[self.prompt_GK] + 1, 0)
+        start_GK = self.place_GK - (position_N[self.place_GK] - prompt_GK)
+        along_T = torch.arange(int(self.length_GK.max()), device=start_GK.device)
+        there_GKT = (along_T < self.length_GK.unsqueeze(-1)) & self.mask_GK.unsqueeze(-1)
+        return torch.where(there_GKT, start_GK.unsqueeze(-1) + along_T, -1)
 
     def mask_BTT(self) -> Tensor:
         """mask[b, i, j]: token i attends to token j. Padding attends to itself, so that no row of a softmax is empty."""
@@ -96,7 +118,7 @@ def micro_batches(groups: Sequence[Group], settings: BatchSettings, shared: bool
     if not groups:
         return
     if shared and flat:
-        for row in pack([len(g.token_T) for g in groups], settings.micro_tokens):
+        for row in pack([len(g.token_T) for g in groups], settings.at_once):
             yield row, collate([[groups[n] for n in row]], shared)
         return
     if shared:
@@ -111,7 +133,7 @@ def micro_batches(groups: Sequence[Group], settings: BatchSettings, shared: bool
     for r in order:
         tall = 1 if shared else groups[rows[r][0]].answers
         first = lengths[chunk[0]] if chunk else 0
-        if chunk and ((height + tall) * first > settings.micro_tokens or lengths[r] < 0.75 * first):
+        if chunk and ((height + tall) * first > settings.at_once or lengths[r] < 0.75 * first):
             yield [n for c in chunk for n in rows[c]], collate([[groups[n] for n in rows[c]] for c in chunk], shared)
             chunk, height = [], 0
         chunk.append(r)

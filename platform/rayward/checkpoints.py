@@ -9,7 +9,7 @@ A folder never changes once it has its name. Which ones are the best says the st
 Only weights that are trained are written: the frozen ones of a body under LoRA lie where the run started from. They are copied, and
 written by a thread while training goes on, one write at a time; a run ends with all of them on disk, also one that an error ends. More
 than COPIED bytes are not copied: training waits while they are written. What has its name is on the disk for good (fsync). A run at a
-URL (`away`) sends each one there when it is whole, in the same thread, its state.json last.
+URL (`mirror`) sends each one there when it is whole, in the same thread, its state.json last.
 
 The learning rate, the order of the examples and every random number are functions of the step, so they need no state.
 """
@@ -17,7 +17,6 @@ The learning rate, the order of the examples and every random number are functio
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import threading
 from collections.abc import Iterable, Mapping
@@ -31,8 +30,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from rayward import places, sharding
-from rayward.away import Away, patiently
 from rayward.errors import DataError, RaywardError
+from rayward.mirror import Mirror, patiently
 from rayward.places import Place
 from rayward.storage import publish, sibling
 
@@ -44,18 +43,18 @@ class Writer:
     """Writes checkpoints into FOLDER, one at a time, while training goes on. Every worker calls it; the first one writes.
 
     `with Writer(...)` ends with nothing left to write, whatever ended it. Where a model is spread over workers (`sharded`), they put
-    the weights together for a checkpoint of weights alone, and write one to go on from together, each its share. With `away` checkpoints
+    the weights together for a checkpoint of weights alone, and write one to go on from together, each its share. With `mirror` checkpoints
     also go to a URL, and the workers need share no disk.
     """
 
-    def __init__(self, folder: Path, rank: int = 0, sharded: bool = False, away: Away | None = None):
-        self.folder, self.rank, self.sharded, self.away = folder, rank, sharded, away
+    def __init__(self, folder: Path, rank: int = 0, sharded: bool = False, mirror: Mirror | None = None):
+        self.folder, self.rank, self.sharded, self.mirror = folder, rank, sharded, mirror
         self._thread: threading.Thread | None = None
         self._failed: list[Exception] = []
         if rank == 0:
             _tidy(folder)
-            if away is not None:
-                _tidy_away(away)
+            if mirror is not None:
+                _tidy_mirror(mirror)
 
     def __enter__(self) -> Writer:
         return self
@@ -112,14 +111,14 @@ class Writer:
         if self.rank == 0:
             shutil.rmtree(stage, ignore_errors=True)
             stage.mkdir(parents=True)
-            if self.away is not None:
-                self.away.remove(name)
-        elif self.away is not None:
+            if self.mirror is not None:
+                self.mirror.remove(name)
+        elif self.mirror is not None:
             for sent in set(self.folder.glob(".step-*.partial")) - {stage}:  # left on a disk that the first worker does not see
                 shutil.rmtree(sent, ignore_errors=True)
         try:
             sharding.save(stage, _all_tensors(model, optimizer, average))  # begins and ends with all workers together
-            if self.away is not None:
+            if self.mirror is not None:
                 self._send_shards(stage, target.name)
             if self.rank == 0:
                 (stage / "state.json").write_text(_said(state), encoding="utf-8")
@@ -131,10 +130,10 @@ class Writer:
 
     def _send_shards(self, stage: Path, name: str) -> None:
         """Send this worker's share: on a disk of its own nobody else could. The first one goes on when all are there."""
-        assert self.away is not None
+        assert self.mirror is not None
         mine = (stage / sharding.SHARDS).glob(f"__{self.rank}_*")
         for file in sorted((*mine, stage / sharding.SHARDS / ".metadata") if self.rank == 0 else mine):
-            to = self.away.there / name / sharding.SHARDS / file.name
+            to = self.mirror.there / name / sharding.SHARDS / file.name
             patiently(partial(places.send, file, to), to)
         sharding.meet()
 
@@ -160,32 +159,17 @@ class Writer:
             self._failed.append(_unwritten(target, error))
 
     def _finish(self, stage: Path, target: Path, best: set[int]) -> None:
-        for path in (*(p for p in stage.rglob("*") if p.is_file()), stage):
-            _to_disk(path)
         publish(stage, target)
-        _to_disk(target.parent)
-        if self.away is not None:  # of a spread model only this worker's share lies here, and all shares are there already
+        if self.mirror is not None:  # of a spread model only this worker's share lies here, and all shares are there already
             spread = (target / sharding.SHARDS).is_dir()
-            self.away.send("metrics.jsonl", f"{target.name}/state.json" if spread else target.name)
+            self.mirror.send("metrics.jsonl", f"{target.name}/state.json" if spread else target.name)
         kept = steps(self.folder)[-KEEP:]
         needed = best | {entry["step"] for path in kept for entry in read_state(path).get("kept") or ()}
         for old in _outlived([path.name for path in self.folder.iterdir()], needed):
             places.remove(self.folder / old)
-        if self.away is not None:  # which may hold what another node sent
-            for old in _outlived(self.away.whole(), needed):
-                self.away.remove(old)
-
-
-def _to_disk(path: Path) -> None:
-    """Have a file or a folder outlive a loss of power, where its disk can."""
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    except OSError:  # not every shared disk knows folders
-        if path.is_file():
-            raise
-    finally:
-        os.close(number)
+        if self.mirror is not None:  # which may hold what another node sent
+            for old in _outlived(self.mirror.whole(), needed):
+                self.mirror.remove(old)
 
 
 def _tidy(folder: Path) -> None:
@@ -194,16 +178,16 @@ def _tidy(folder: Path) -> None:
         name = folder / old.name.removeprefix(".").removesuffix(".old")
         if not name.exists():
             old.rename(name)
-    for left in (*folder.glob(".*.partial"), *folder.glob(".*.old")):
+    for left in (*folder.glob(".*.partial"), *folder.glob(".*.old"), *folder.glob(f"{places.ASIDE}*")):
         shutil.rmtree(left, ignore_errors=True)
 
 
-def _tidy_away(away: Away) -> None:
+def _tidy_mirror(mirror: Mirror) -> None:
     """Take away what was half sent: what has no state.json is no checkpoint."""
-    whole = set(away.whole())
-    for name in sorted(away.names() - whole):
+    whole = set(mirror.whole())
+    for name in sorted(mirror.names() - whole):
         if name.startswith(("step-", "best-", "last")):
-            away.remove(name)
+            mirror.remove(name)
 
 
 def _outlived(names: Iterable[str], needed: set[int]) -> list[str]:

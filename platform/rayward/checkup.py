@@ -26,8 +26,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from rayward import cluster, places, registry
-from rayward.cluster import nodes as asking
-from rayward.cluster import questions
+from rayward.cluster import nodes, probes
 from rayward.cluster.nodes import Node, Silence
 from rayward.config import public
 from rayward.errors import RaywardError
@@ -44,6 +43,7 @@ DISK_LOW_BYTES = 10 * 2**30
 START = "export RAY_AUTH_MODE=token; ray get-auth-token --generate >/dev/null; ray start --head"
 CLOSE = "restart every node with RAY_AUTH_MODE=token in its environment and the token of the head in RAY_AUTH_TOKEN or ~/.ray/auth_token"
 REFUSED = (401, 403)
+PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}  # of databases, where an address names none
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def look(address: str = "", store: str = "", limit_s: float = LIMIT_S) -> Report
     """Check the cluster at an address (host:port; empty: RAY_ADDRESS, or the one that `ray start` started last on this machine)."""
     address = address or os.environ.get("RAY_ADDRESS") or ""
     if address in ("", "auto"):
-        address = asking.last_started()
+        address = nodes.last_started()
     if store:
         os.environ["RAYWARD_STORE"] = store
     where = str(places.store())
@@ -106,12 +106,12 @@ def _reach(address: str) -> Finding:
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         return Finding("Ray", "red", f"{address} is no address", "write HOST:PORT, e.g. 10.0.0.4:6379")
-    said = questions.reach(host.strip("[]"), int(port))
+    said = probes.reach(host.strip("[]"), int(port))
     if said != "200":
         way_out = f"is the head running, and may this machine reach it? Start one: {START}"
         return Finding("Ray", "red", f"nothing answers at {address} ({said})", way_out)
     mode = os.environ.get("RAY_AUTH_MODE") or "token"
-    said = asking.knock(address, mode)
+    said = nodes.knock(address, mode)
     if said == "refused":
         way_out = "put the token of the head into RAY_AUTH_TOKEN or ~/.ray/auth_token, with RAY_AUTH_MODE=token"
         return Finding("Ray", "red", f"{address} refuses this machine: no token, or a wrong one (RAY_AUTH_MODE={mode})", way_out)
@@ -139,13 +139,13 @@ def _tracking(awake: Sequence[Node], limit_s: float) -> Finding:
 
 def _on_cluster(address: str, store: str, limit_s: float) -> Report:
     """Ask every node, and judge."""
-    found = asking.nodes()
+    found = nodes.alive()
     with ThreadPoolExecutor(1) as pool:
-        stranger = pool.submit(asking.knock, address, "disabled")
+        stranger = pool.submit(nodes.knock, address, "disabled")
         gpus = {node.name: {"gpus": node.gpus} for node in found}
-        facts = asking.on_each(found, questions.facts, limit_s, gpus, packages=PACKAGES)
+        facts = nodes.on_each(found, probes.facts, limit_s, gpus, packages=PACKAGES)
         awake = [node for node in found if not isinstance(facts[node.name], Silence)]
-        offsets = asking.clock_offsets(awake, limit_s)
+        offsets = nodes.clock_offsets(awake, limit_s)
         findings = [
             _ray(found, facts),
             versions(facts),
@@ -268,13 +268,18 @@ def tracking(uri: str, answers: Answers) -> Finding:
             way_out = "run a server and name it on every node: MLFLOW_TRACKING_URI=http://HOST:5000"
             return Finding("MLflow", "red", f"{shown} is on this machine: the other nodes do not see it", way_out)
         return Finding("MLflow", "green", f"{shown}, for this machine alone")
-    failing = {name: said.why if isinstance(said, Silence) else said for name, said in answers.items() if said != "200"}
+    failing = {name: said.why if isinstance(said, Silence) else said for name, said in answers.items() if not _answered(name, said)}
     if set(failing.values()) & {"401", "403"}:
         way_out = "check MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
         return Finding("MLflow", "red", f"{shown} refuses: " + _each(failing), way_out)
     if failing:
         return Finding("MLflow", "red", f"{shown} does not answer: " + _each(failing), "is it running, and may every node reach it?")
     return Finding("MLflow", "green", f"{shown} answers here" + (f" and on {len(answers) - 1} nodes" if len(answers) > 1 else ""))
+
+
+def _answered(name: str, said: Any) -> bool:
+    """Whether a server is there for whoever asked; nodes ask without credentials, so a refusal is an answer too."""
+    return said == "200" or (name != "here" and said in ("401", "403"))
 
 
 def _each(failing: Mapping[str, str]) -> str:
@@ -286,7 +291,9 @@ def door(what: str, port: int, answers: Answers) -> Finding:
     known = {name: said for name, said in answers.items() if not isinstance(said, Silence) and said["listens"]}
     if not known:
         return Finding(what, "yellow", f"nothing listens at port {port}", "start the head with --include-dashboard=true to submit jobs")
-    beyond = {name: [host for host in said["listens"] if not ipaddress.ip_address(host).is_loopback] for name, said in known.items()}
+    beyond = {name: [host for host in said["listens"] if not _loopback(host)] for name, said in known.items()}
+    if mute := [name for name, said in known.items() if not said["without"]]:
+        return Finding(what, "yellow", f"port {port} takes connections on {', '.join(mute)} and says nothing", "see the log of the head")
     open_ = [name for name, said in known.items() if said["without"] not in REFUSED]
     exposed = [host for name in open_ for host in beyond[name]]
     if exposed:
@@ -302,9 +309,16 @@ def door(what: str, port: int, answers: Answers) -> Finding:
     return Finding(what, "green", f"port {port}{on}, {reachable}: refuses without the token, answers with it")
 
 
+def _loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return host == "localhost"
+
+
 def head_door(address: str, stranger: str, listens: Sequence[str]) -> Finding:
     """The same for the head itself, through which tasks are started; `stranger` is what it says to one without a token."""
-    beyond = [host for host in listens if not ipaddress.ip_address(host).is_loopback] or not listens  # unheard is not safe
+    beyond = [host for host in listens if not _loopback(host)] or not listens  # unheard is not safe
     if stranger == "refused":
         return Finding("head", "green", f"{address}: refuses without the token")
     if stranger != "answered":
@@ -319,16 +333,16 @@ def head_door(address: str, stranger: str, listens: Sequence[str]) -> Finding:
 
 def _doors(address: str, awake: Sequence[Node], stranger: str, limit_s: float) -> list[Finding]:
     """The Jobs API, the agents that take jobs on every node, and the head."""
-    _, url = asking.addresses()
+    _, url = nodes.addresses()
     head = [node for node in awake if node.head]
     told = {node.name: {"host": node.address} for node in awake}
     port = int(url.rpartition(":")[2] or 8265)
-    jobs = asking.on_each(head, questions.doors, limit_s, told, port=port, path="/api/jobs/") if url else {}
+    jobs = nodes.on_each(head, probes.doors, limit_s, told, port=port, path="/api/jobs/") if url else {}
     agents: dict[int, dict[str, Any]] = {}
     for agent_port in {node.agent_port for node in awake}:
         group = [node for node in awake if node.agent_port == agent_port]
-        agents[agent_port] = asking.on_each(group, questions.doors, limit_s, told, port=agent_port, path="/api/jobs/")
-    listens = asking.on_each(head, questions.doors, limit_s, told, port=int(address.rpartition(":")[2]), path="/")
+        agents[agent_port] = nodes.on_each(group, probes.doors, limit_s, told, port=agent_port, path="/api/jobs/")
+    listens = nodes.on_each(head, probes.doors, limit_s, told, port=int(address.rpartition(":")[2]), path="/")
     heard = [host for said in listens.values() if not isinstance(said, Silence) for host in said["listens"]]
     return [
         door("Jobs API", port, jobs),
@@ -356,18 +370,16 @@ def _exchange(store: str, awake: Sequence[Node], limit_s: float) -> tuple[dict[s
     try:
         try:
             with places.telling(folder):
-                words = [questions.write(place, "here")]
+                words = [probes.write(place, "here")]
         except (RaywardError, OSError) as error:
             return {"here": getattr(error, "what", "") or f"cannot be written: {error}"}, len(awake)
         told = {node.name: {"name": node.id} for node in awake}
-        for name, said in asking.on_each(awake, questions.write, limit_s, told, env, place=place).items():
+        for name, said in nodes.on_each(awake, probes.write, limit_s, told, env, place=place).items():
             if isinstance(said, Silence):
                 trouble[name] = f"cannot write: {said.why}"
             else:
                 words.append(said)
-        readers = {"here": questions.read(place, words)} | asking.on_each(
-            awake, questions.read, limit_s, None, env, place=place, names=words
-        )
+        readers = {"here": probes.read(place, words)} | nodes.on_each(awake, probes.read, limit_s, None, env, place=place, names=words)
         names = {"here": "here", **{node.id: node.name for node in awake}}
         for name, said in readers.items():
             if isinstance(said, Silence):
@@ -376,7 +388,7 @@ def _exchange(store: str, awake: Sequence[Node], limit_s: float) -> tuple[dict[s
                 trouble.setdefault(name, f"does not see what {', '.join(missing)} wrote")
         return trouble, len(awake)
     finally:
-        asking.on_each(awake, questions.forget, limit_s, None, env, place=place)
+        nodes.on_each(awake, probes.forget, limit_s, None, env, place=place)
         with contextlib.suppress(OSError, RaywardError):
             places.remove(folder)
             if new:
@@ -387,7 +399,7 @@ def _ask_tracking(uri: str) -> str:
     """What the tracking server says to this machine, with its credentials; they are not sent anywhere else."""
     parts = urllib.parse.urlsplit(uri)
     if parts.scheme not in ("http", "https"):
-        return questions.reach(parts.hostname, parts.port or 5432) if parts.hostname else "200"
+        return probes.reach(parts.hostname, _port(parts)) if parts.hostname else "200"
     user = parts.username or os.environ.get("MLFLOW_TRACKING_USERNAME") or ""
     password = parts.password or os.environ.get("MLFLOW_TRACKING_PASSWORD") or ""
     token = os.environ.get("MLFLOW_TRACKING_TOKEN")
@@ -402,11 +414,15 @@ def _ask_tracking(uri: str) -> str:
         return str(getattr(error, "reason", error))
 
 
+def _port(parts: urllib.parse.SplitResult) -> int:
+    return parts.port or PORTS.get(parts.scheme.partition("+")[0], 5432)
+
+
 def _ask_tracking_from(uri: str, awake: Sequence[Node], limit_s: float) -> dict[str, Any]:
     """What it says to every node."""
     parts = urllib.parse.urlsplit(uri)
     if parts.scheme in ("http", "https"):
-        return asking.on_each(awake, questions.get, limit_s, url=public(uri).rstrip("/") + "/health")
+        return nodes.on_each(awake, probes.get, limit_s, url=public(uri).rstrip("/") + "/health")
     if parts.hostname:
-        return asking.on_each(awake, questions.reach, limit_s, host=parts.hostname, port=parts.port or 5432)
+        return nodes.on_each(awake, probes.reach, limit_s, host=parts.hostname, port=_port(parts))
     return {node.name: "200" for node in awake}

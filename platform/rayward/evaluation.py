@@ -441,6 +441,9 @@ def _segment_plots(examples: Sequence[Example], scores: metrics.Scores) -> dict[
 # ------------------------------------------------------------------------------------------------------------------- files
 
 
+FILES = ("report.json", "report.html", "scores.parquet")  # of a report
+
+
 def write_report(output: str, report: Report, rows: pa.Table) -> Place:
     """OUTPUT/report.json, report.html and scores.parquet, whole or not at all; a report that stood there is replaced."""
     folder = check_output(output)
@@ -467,7 +470,7 @@ def check_output(output: str) -> Place:
     if not isinstance(folder, Path):
         with telling(folder):
             held = places.listing(folder, deep=True)
-        if held and "report.json" not in held:
+        if not set(held) <= set(FILES):
             raise DataError(f"{folder} already holds something else", "choose another --output")
         return folder
     taken = folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / "report.json").is_file())

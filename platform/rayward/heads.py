@@ -6,7 +6,7 @@
     scalar       1  score                     the score itself
     two_class    2  wrong, right              right - wrong: the logit of P(right) under a softmax over the two
     three_class  3  wrong, neutral, right     the logit of P(right) + P(neutral) / 2
-    attributes   A  one per attribute         their weighted mean
+    attributes   A  one per attribute         their weighted mean, or what net.overall makes of them
     debiased     2  quality, length           quality: what the answer's length explains is left behind (ODIN, arXiv 2402.07319)
     verdict      3  wrong, right, rest        right - wrong: logits of two tokens in a language model's own output layer
 
@@ -50,6 +50,9 @@ class Reading:
     layers: int = 1
     tokens: tuple[int, ...] = ()  # of a tied head: the ids of right and wrong
     output_layer: str = ""  # what the class calls the language model's output layer, where it is kept; or vocabulary.TIED
+    overall: str = "mean"  # how attributes become one score: mean, linear or gate (reward_model.overall)
+    verbosity: str = ""  # what was taken off the attributes before they are one score: an attribute, or tokens
+    taken_off: tuple[float, ...] = ()  # how much of it, per attribute
 
     def __call__(self, output_GKC: Tensor) -> Tensor:
         """score_GK."""
@@ -63,6 +66,16 @@ class Reading:
     def attributes(self) -> tuple[str, ...]:
         """The names that a target may have."""
         return self.names if self.kind == "attributes" else ()
+
+    @property
+    def combined(self) -> bool:
+        """Whether the model makes the score of the attributes, as one more output: it takes more than fixed weights."""
+        return self.overall != "mean" or bool(self.taken_off)
+
+    @property
+    def learns_overall(self) -> bool:
+        """Whether there are weights that make one score of the attributes, besides those that make the attributes."""
+        return self.overall != "mean"
 
     @property
     def tied(self) -> bool:
@@ -85,7 +98,10 @@ class Reading:
     def as_notes(self) -> dict[str, Any]:
         """What is saved with a model."""
         language = {"tokens": list(self.tokens), "output_layer": self.output_layer} if self.output_layer else {}
-        return {"kind": self.kind, "names": list(self.names), "weights": list(self.weights), "layers": self.layers, **language}
+        overall = {"overall": self.overall} if self.learns_overall else {}
+        less = {"verbosity": self.verbosity, "taken_off": list(self.taken_off)} if self.taken_off else {}
+        plain = {"kind": self.kind, "names": list(self.names), "weights": list(self.weights), "layers": self.layers}
+        return {**plain, **language, **overall, **less}
 
     @classmethod
     def of_notes(cls, notes: Mapping[str, Any] | None) -> Reading:
@@ -93,8 +109,9 @@ class Reading:
         if not notes:
             return cls()
         choose(KINDS, notes["kind"], "head")
-        said = {name: notes[name] for name in ("layers", "tokens", "output_layer") if name in notes}
-        return cls(notes["kind"], tuple(notes["names"]), tuple(notes["weights"]), **{**said, "tokens": tuple(said.get("tokens") or ())})
+        said: dict[str, Any] = {name: notes[name] for name in ("layers", "output_layer", "overall", "verbosity") if name in notes}
+        said |= {name: tuple(notes[name]) for name in ("tokens", "taken_off") if name in notes}
+        return cls(notes["kind"], tuple(notes["names"]), tuple(notes["weights"]), **said)
 
 
 @dataclass(frozen=True)
@@ -113,7 +130,9 @@ def _three_class(output_GKC: Tensor, reading: Reading) -> Tensor:
     return torch.logaddexp(right, half) - torch.logaddexp(wrong, half)
 
 
-def _weighted_mean(output_GKC: Tensor, reading: Reading) -> Tensor:
+def _one_score(output_GKC: Tensor, reading: Reading) -> Tensor:
+    if reading.combined:
+        return output_GKC[..., -1]
     weighed = [w * output_GKC[..., n] for n, w in enumerate(reading.weights)]  # no matrix product: autocast would round it
     return torch.stack(weighed, -1).sum(-1)
 
@@ -122,7 +141,7 @@ KINDS: dict[str, Kind] = {
     "scalar": Kind(("score",), lambda output_GKC, reading: output_GKC[..., 0], tokens=(1, 2)),
     "two_class": Kind(("wrong", "right"), lambda output_GKC, reading: output_GKC[..., 1] - output_GKC[..., 0], tokens=(2,)),
     "three_class": Kind(("wrong", "neutral", "right"), _three_class, tokens=(3,)),
-    "attributes": Kind((), _weighted_mean),
+    "attributes": Kind((), _one_score),
     "debiased": Kind(("quality", "length"), lambda output_GKC, reading: output_GKC[..., 0]),
     "verdict": Kind(
         ("wrong", "right", "rest"), lambda output_GKC, reading: output_GKC[..., 1] - output_GKC[..., 0], tokens=(2,), tied=True

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 from rayward import foreign, heads, pooling
+from rayward.reward_model import overall
 
 # Bodies that tests try at a few thousand random weights: AutoConfig's name -> what becomes of a prompt with several answers
 BODIES: dict[str, str] = {
@@ -55,6 +56,30 @@ plain Hugging Face folder; where the head has one layer and the pooling is the c
 
 _WEIGHTS = """Of `attributes`, `net.attribute_weights='{"helpful": 2, "verbose": -0.5}'` says what each weighs in the score; they are
 divided by their sum, which must be above 0. A negative weight takes off what goes with an attribute, e.g. length.
+"""
+
+_OVERALL = """`net.overall` says how attributes become one score:
+
+| `net.overall` | score | |
+|---|---|---|
+{rows}
+
+r_a is the output of an attribute. `linear` and `gate` learn from targets without a name, comparisons or an overall rating, and so
+in a stage of their own, after the attributes:
+
+    rayward run train_reward_model --examples store/ratings --output store/rated --set net.head=attributes --set net.new_head=true ...
+    rayward run train_reward_model --examples store/pairs --output store/gated --model store/rated/model \\
+      --set net.overall=gate --set train.freeze_layers=-1 --objective-settings '{{"temperature": 0.1}}'
+
+`train.freeze_layers=-1` trains these weights alone: body and attributes stay as they are, and an attribute's own scores with them.
+Without it the comparisons train everything, and what an attribute says drifts from what it was rated as. Ratings on a small scale give
+small gaps, and weights that add up to 1 cannot widen them: the objective's `temperature` divides gaps instead (ArmoRM has a scale for
+it). A gate is for decoders; plain transformers reads the attributes of such a model, and not its one score.
+
+`net.verbosity=tokens`, or the name of an attribute, takes off every attribute as much of it as leaves no rank correlation (Spearman's is 0;
+ArmoRM, section 3.2), measured at the end of that stage on the answers held out (without any: trained on) and printed. It stays with the
+model for later stages, as part of the one score; an attribute's own output is still its rating. What follows verbosity
+in no way, or against it, loses nothing. A score without verbosity is no better one where longer answers are better.
 """
 
 _VERIFIERS = """## Generative verifiers
@@ -121,7 +146,8 @@ def page() -> str:
         "the language model's rows of these tokens, right first; a scalar head of one token starts as that token's logit (Cobbe et al.,"
     ]
     lines += ["arXiv 2110.14168: their gain is the length of the row, and their bias is the same for every answer).", ""]
-    lines += [_WEIGHTS, "## Poolings", ""]
+    ways = "\n".join(f"| `{name}` | {score} | {said} |" for name, score, said in drawn(overall))
+    lines += [_WEIGHTS, _OVERALL.format(rows=ways), "## Poolings", ""]
     lines += ["| `net.pooling` | numbers | reads |", "|---|---|---|", *(f"| `{n}` | {d} | {said} |" for n, d, said in drawn(pooling)), ""]
     lines += ["D is the hidden size. `auto` is `last` for a causal body and `own` for an encoder. All but `last` read the whole sequence,"]
     lines += ["prompt and answer, give one score per answer, and share no prompts; `mean_max` needs a head of twice the width:"]

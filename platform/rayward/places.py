@@ -21,8 +21,10 @@ import errno
 import hashlib
 import os
 import re
+import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -36,9 +38,10 @@ if TYPE_CHECKING:
 Place: TypeAlias = "Path | UPath"  # a UPath is no Path, but has its words
 
 DRIVERS = {"s3": "s3fs", "gs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "memory": ""}  # what reaches a URL, by its scheme
-LAST = ("manifest.json", "state.json", "report.json")  # files that make a folder whole: they are sent after all others
+LAST = ("manifest.json", "state.json", "report.json", "config.json")  # files that make a folder whole: they are sent after all others
 CARRIED = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION", "AWS_REGION")  # what workers are told: no secrets
 ASIDE = ".landing-"  # folders that files are written in before they are renamed
+UNUSED_S = 24 * 3600.0  # seconds for which a copy stays in the cache, however full that is
 _URL = re.compile(r"[a-z][a-z0-9+]*://")
 
 
@@ -103,6 +106,8 @@ def _remote(url: str) -> Place:
     names = [name for name in rest.split("/") if name not in ("", ".")]
     if ".." in names or not names:
         raise SettingsError(f"{shown} is no address", f"write {scheme}://BUCKET/NAME")
+    if set("*[]") & set(rest):
+        raise SettingsError(f"{shown} holds one of * [ ], which stores take for a pattern", "choose a name without them")
     options: dict[str, Any] = {} if scheme == "memory" else {"use_listings_cache": False}  # others write there too
     if scheme == "s3":
         options["endpoint_url"] = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
@@ -161,7 +166,10 @@ def write(place: Place, content: bytes | str) -> None:
 
 
 def create(place: Place, content: bytes) -> bool:
-    """Write a file only if there is none, and say whether: of two who try, one succeeds (where the store knows conditional writes)."""
+    """Write a file only if there is none, and say whether: of two who try, one succeeds.
+
+    In a store without conditional writes both may, if they try within one request; the one whose file it is shows when it is read.
+    """
     if isinstance(place, Path):
         place.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError), open(place, "xb") as file:
@@ -172,6 +180,15 @@ def create(place: Place, content: bytes) -> bool:
         place.fs.pipe_file(place.path, content, mode="create")
     except FileExistsError:
         return False
+    except OSError as error:
+        code = _code(error)
+        if code in ("PreconditionFailed", "412", "ConditionalRequestConflict", "409"):
+            return False
+        if code not in ("NotImplemented", "501"):
+            raise
+        if place.exists():
+            return False
+        write(place, content)
     return True
 
 
@@ -232,29 +249,36 @@ def copy_files(folder: Place, names: Sequence[str], to: Place) -> None:
 
 
 def cache() -> Path:
-    """Where copies of remote files are kept: RAYWARD_CACHE, or ~/.cache/rayward. It may be deleted when nothing runs."""
+    """Where copies of remote files are kept: RAYWARD_CACHE, or ~/.cache/rayward. It may be deleted when nothing runs.
+
+    It holds every model and file that was read from a URL, and of every fit at a URL what OUTPUT holds. It grows without an end, or up to
+    RAYWARD_CACHE_GB: then what was used longest ago goes when something is fetched, but nothing that was used within a day.
+    """
     return Path(os.environ.get("RAYWARD_CACHE") or "~/.cache/rayward").expanduser().absolute()
 
 
 def fetch(path: str | Place) -> Path:
     """A file or folder as it is now on this disk: itself where it lies here, else a copy in the cache, read once per content.
 
-    DataError where there is none.
+    Raises:
+        DataError: if a URL holds nothing, or is written to all the time.
     """
     place = at(path)
     if isinstance(place, Path):
         return place
     with telling(place):
-        files = listing(place, deep=True) or _alone(place)
-        if not files:
-            raise DataError(f"{place} does not exist", "check the address")
-        told = "".join(f"{name}\0{file.bytes}\0{file.stamp}\n" for name, file in files.items())
-        digest = hashlib.blake2b(f"{place}\n{told}".encode(), digest_size=12).hexdigest()
-        here = cache() / digest / place.name
-        if not here.exists():
-            here.parent.parent.mkdir(parents=True, exist_ok=True)
-            _download(place, list(files), here)
-    return here
+        for _ in range(3):
+            files = listing(place, deep=True) or _alone(place)
+            if not files:
+                raise DataError(f"{place} does not exist", "check the address")
+            told = "".join(f"{name}\0{file.bytes}\0{file.stamp}\n" for name, file in files.items())
+            digest = hashlib.blake2b(f"{place}\n{told}".encode(), digest_size=12).hexdigest()
+            here = cache() / digest / (place.name or "bucket")
+            with contextlib.suppress(FileNotFoundError):
+                os.utime(here.parent)
+            if here.exists() or _download(place, files, here):
+                return here
+    raise DataError(f"{place} changes while it is read", "wait until whoever writes it has ended")
 
 
 def _alone(place: Place) -> dict[str, File]:
@@ -266,19 +290,56 @@ def _alone(place: Place) -> dict[str, File]:
     return {}
 
 
-def _download(place: Place, names: Sequence[str], here: Path) -> None:
-    """Copy files into a folder of the cache that appears whole; of two who fetch at once, the first one's stays."""
+def _download(place: Place, files: Mapping[str, File], here: Path) -> bool:
+    """Copy files into a folder of the cache that appears whole; of two who fetch at once, the first one's stays. False if they changed."""
     assert not isinstance(place, Path)
+    here.parent.parent.mkdir(parents=True, exist_ok=True)
+    names = list(files)
     with tempfile.TemporaryDirectory(dir=here.parent.parent, prefix=".fetch-") as scratch:
-        aside = Path(scratch) / "files" / place.name
+        aside = Path(scratch) / "files" / here.name
         to = [aside / name if name else aside for name in names]
         for path in to:
             if not path.resolve().is_relative_to(aside.resolve()):
                 raise DataError(f"{place} holds an object whose name leads out of its folder: {path.name!r}", "remove it")
             path.parent.mkdir(parents=True, exist_ok=True)
-        place.fs.get([(place / name).path if name else place.path for name in names], [str(path) for path in to])
-        with contextlib.suppress(OSError):  # somebody else was faster
+        try:
+            place.fs.get([(place / name).path if name else place.path for name in names], [str(path) for path in to])
+        except FileNotFoundError:
+            return False
+        if (listing(place, deep=True) or _alone(place)) != files:
+            return False
+        try:
             os.rename(Path(scratch) / "files", here.parent)
+        except OSError:
+            if not here.exists():  # or somebody else was faster
+                raise
+    _make_room()
+    return True
+
+
+def _make_room() -> None:
+    """Hold the cache to RAYWARD_CACHE_GB. A copy goes in one step, and a process that has opened its files keeps them."""
+    limit = os.environ.get("RAYWARD_CACHE_GB")
+    if not limit:
+        return
+    try:
+        most = float(limit) * 1e9
+    except ValueError:
+        raise SettingsError(f"RAYWARD_CACHE_GB={limit} is no number", "give gigabytes, e.g. 200, or nothing for no limit") from None
+    copies: list[tuple[float, int, Path]] = []
+    for folder in (*cache().glob("?" * 24), *cache().glob("fits/*/")):
+        with contextlib.suppress(FileNotFoundError):  # somebody else makes room
+            stats = [path.stat() for path in (folder, *folder.rglob("*"))]
+            copies.append((max(s.st_mtime for s in stats), sum(s.st_size for s in stats), folder))
+    held = sum(size for _, size, _ in copies)
+    for used, size, folder in sorted(copies):
+        if held <= most or time.time() - used < UNUSED_S:
+            return
+        aside = cache() / f".gone-{secrets.token_hex(8)}"
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(folder, aside)
+            held -= size
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def send(local: Path, to: str | Place) -> Place:
@@ -315,11 +376,22 @@ def landing(place: Place) -> Iterator[Path]:
         place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place.parent if isinstance(place, Path) else None, prefix=ASIDE) as folder:
         here = Path(folder) / place.name
-        yield here
+        with naming(place.parent if isinstance(place, Path) else Path(folder)):
+            yield here
         if isinstance(place, Path):
             os.replace(here, place)
         else:
             place.fs.put_file(str(here), place.path)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name what an OSError leaves unnamed: where a disk is full, neither Python nor Arrow say which one."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def tidy(folder: Path) -> None:
@@ -381,8 +453,7 @@ def _told(error: Exception, place: Place | str) -> DataError | None:
         if isinstance(error, FileNotFoundError) and place and no_bucket(place):
             return DataError(f"{where}: there is no such bucket", "make the bucket, or check its name")
         return None
-    kind = type(cause).__name__
-    code = str(getattr(cause, "response", {}).get("Error", {}).get("Code", "") or kind)
+    kind, code = type(cause).__name__, _code(error) or type(cause).__name__
     if code == "NoSuchBucket":
         return DataError(f"{where}: there is no such bucket", "make the bucket, or check its name")
     if kind in _NONE_GIVEN:
@@ -393,6 +464,12 @@ def _told(error: Exception, place: Place | str) -> DataError | None:
         endpoint = public(os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "its endpoint")
         return DataError(f"{where}: {endpoint} cannot be reached ({kind})", _NETWORK)
     return DataError(f"{where}: the store answered {code}", "see what its operator says of that; the same command goes on where it stopped")
+
+
+def _code(error: BaseException) -> str:
+    """What an S3 store calls its error; empty where that is not known."""
+    said = getattr(error, "response", None) or getattr(error.__cause__, "response", None) or {}
+    return str((said.get("Error") or {}).get("Code") or "")
 
 
 def no_bucket(place: Place | str) -> bool:

@@ -15,13 +15,13 @@ A dataset appears whole or not at all. On disk it is built in a folder beside OU
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
-import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from itertools import pairwise
@@ -298,11 +298,11 @@ def _no_dataset(path: Place, kind: str | None) -> DataError:
     """Why there is no dataset at a place."""
     if not path.exists():
         return DataError(f"{path} does not exist", f"make it first: rayward ls  shows the pipelines that write {kind or 'datasets'}")
+    if (path / PUBLISHING).exists():
+        return DataError(f"{path} is being written, or what wrote it was stopped then", "wait for it, or run the same command again")
     sides = sorted(p.parent.name for p in path.glob("*/manifest.json"))
     if sides:
         return DataError(f"{path} holds several datasets: {', '.join(sides)}", f"name one, e.g. {path / sides[0]}")
-    if (path / PUBLISHING).exists():
-        return DataError(f"{path} is being written, or what wrote it was stopped then", "wait for it, or run the same command again")
     return DataError(
         f"{path} is not a dataset of Rayward: it has no manifest.json",
         "bring your file in with  rayward run import_rollouts --format F --source FILE --output DIR",
@@ -388,44 +388,52 @@ def write_rejects(folder: Place, name: str, rejects: pa.Table) -> Counter[str]:
     return Counter({c["values"]: c["counts"] for c in categories.to_pylist()})
 
 
-def publish(stage: Path, output: Path) -> None:
-    """Let a finished folder appear under its name, in one step and to stay; what stood there before goes after that."""
-    for folder, _, names in os.walk(stage, topdown=False):
+def publish(stage: Path, output: Path, leave: Sequence[str] = ()) -> None:
+    """Let a finished folder appear under its name, in one step and to stay; what stood there before goes after that.
+
+    What is named in `leave` goes too, and last: whoever is killed while the disk is written to finds the stage as it was.
+    """
+    for folder, below, names in os.walk(stage):
+        below[:] = [name for name in below if name not in leave]
         for name in names:
             _to_disk(Path(folder) / name)
         _to_disk(Path(folder))
     old = sibling(output, "old")
-    shutil.rmtree(old, ignore_errors=True)
+    places.remove(old)
     if output.exists():
         os.rename(output, old)
     os.rename(stage, output)
     _to_disk(output.parent)
-    if old.is_file():
-        old.unlink()
-    shutil.rmtree(old, ignore_errors=True)
+    for gone in (*(output / name for name in leave), old):
+        places.remove(gone)
 
 
 def _to_disk(path: Path) -> None:
     """Have a file or folder written through, so that a machine that loses its power keeps what was renamed."""
     number = os.open(path, os.O_RDONLY)
     try:
-        with suppress(OSError):  # a file system that cannot
-            os.fsync(number)
+        os.fsync(number)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF):  # of a file system that cannot
+            raise
     finally:
         os.close(number)
 
 
-def publish_remote(stage: Place, output: Place, leave: Sequence[str]) -> None:
+def publish_remote(stage: Place, output: Place, leave: Sequence[str], check: Callable[[], None]) -> None:
     """Let a finished dataset appear at a URL: the store copies all but what is named in `leave`, manifests last.
 
-    While it does, the object PUBLISHING stands in the output. Whoever finds it there may begin again: the stage is as it was.
+    While it does, the object PUBLISHING stands in the output. Whoever finds it there may begin again: the stage is as it was. `check`
+    raises when another run has taken this one's place; it is asked before anything is taken away, and before the manifests.
     """
     names = [name for name in listing(stage, deep=True) if name.partition("/")[0] not in leave]
     places.write(output / PUBLISHING, b"")
     before = [name for name in listing(output, deep=True) if name != PUBLISHING]
     manifests = [name for name in names if name.endswith("manifest.json")]
+    check()
     places.remove_files(output, [name for name in before if name.endswith("manifest.json")])
     places.remove_files(output, [name for name in before if not name.endswith("manifest.json")])
     places.copy_files(stage, [name for name in names if name not in manifests], output)
+    check()
     places.copy_files(stage, manifests, output)
     places.remove_files(output, [PUBLISHING])

@@ -25,7 +25,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import shutil
 import time
 from collections import deque
@@ -228,10 +227,7 @@ def prepare(base: FitSettings, space: Space, output: str, trials: int, seed: int
 def _settled(base: FitSettings, given: Mapping[str, Any]) -> FitSettings:
     """The settings of a trial; models:/NAME and folders by their place, which is the same for every worker."""
     fit = resolve(FitSettings, merge(as_dict(base), parse_sets([f"{name}={json.dumps(value)}" for name, value in given.items()])))
-    if fit.model.startswith("store:") or places.is_remote(fit.model):
-        return replace(fit, model=str(places.at(fit.model)))
-    model = registry.model_folder(fit.model)
-    return replace(fit, model=str(model.absolute() if model.is_dir() else model))
+    return replace(fit, model=registry.model_address(fit.model))
 
 
 def _claim(folder: Path, what: dict[str, Any], dataset: Dataset) -> None:
@@ -246,16 +242,14 @@ def _claim(folder: Path, what: dict[str, Any], dataset: Dataset) -> None:
                 f"{folder} holds a sweep with other settings ({'; '.join(changed[:4])}{'; ...' if len(changed) > 4 else ''})",
                 "choose another --output, or remove that folder",
             )
-    elif folder.is_dir() and any(p.name != fitting.TRACKING for p in folder.iterdir()):
+    elif folder.is_dir() and any(not p.name.startswith(fitting.TRACKED) for p in folder.iterdir()):
         raise SettingsError(f"{folder} is not empty and holds no sweep", "choose another --output")
     folder.mkdir(parents=True, exist_ok=True)
     _write(path, mine)
 
 
 def _write(path: Path, what: Any) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(json.dumps(what, indent=2) + "\n", encoding="utf-8")
-    os.replace(aside, path)
+    places.write(path, json.dumps(what, indent=2) + "\n")
 
 
 # ----------------------------------------------------------------------------------------------------------------- a trial
@@ -368,8 +362,8 @@ def ranked(sweep: Sweep) -> list[dict[str, Any]]:
     """The results there are: finished trials by their value, then stopped ones by theirs, then failed ones."""
     results = [result for trial in sweep.trials if (result := trial.result()) is not None]
     sign = 1 if sweep.rules.by == "loss" else -1
-    places = ("finished", "stopped", "failed")
-    return sorted(results, key=lambda r: (places.index(r["status"]), sign * r[sweep.rules.by] if sweep.rules.by in r else 0.0, r["name"]))
+    order = ("finished", "stopped", "failed")
+    return sorted(results, key=lambda r: (order.index(r["status"]), sign * r[sweep.rules.by] if sweep.rules.by in r else 0.0, r["name"]))
 
 
 def _here(todo: Sequence[Trial], track: Track) -> Iterator[dict[str, Any]]:

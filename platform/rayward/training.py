@@ -23,15 +23,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rayward import checkpoints
-from rayward.away import Away
 from rayward.batching import BatchSettings, micro_batches, plan
 from rayward.errors import Interrupted, RaywardError, SettingsError
 from rayward.metrics import Mean
+from rayward.mirror import Mirror
 from rayward.objectives import Objective
 from rayward.optimizers import Average, Schedule, depth_of, head_parts, is_part, layers_of, lr_share, parameter_groups
 from rayward.places import Place
 from rayward.rendering import Groups
-from rayward.reward_model import RewardModel, autocast
+from rayward.reward_model import OVERALL, RewardModel, autocast
 from rayward.sharding import clip, is_sharded
 from rayward.toy_world import seed_of
 
@@ -47,7 +47,8 @@ class TrainSettings:
     warmup: float = 0.05  # share of steps over which the learning rate rises
     schedule: Schedule = "cosine"  # how it falls after that, to a twentieth; wsd: constant, then over the last fifth
     layer_decay: float = 1.0  # times the learning rate of a layer for the one below it; 0.9 to 0.95 keeps a pretrained body's lower layers
-    freeze_layers: int = 0  # lowest layers that are not trained, with the embeddings; -1: nothing but the head is
+    freeze_layers: int = 0  # lowest layers that are not trained, with the embeddings; -1: nothing but the head is, or but
+    # what makes one score of the attributes that it has (net.overall)
     average: float = 0.0  # decay of an exponential moving average of the weights, which is then what is validated and kept; e.g. 0.99
     clip: float = 1.0  # largest norm of a step's gradient
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the forward pass; auto: bf16 on a GPU
@@ -193,7 +194,7 @@ class Run:
     train: TrainSettings
     batch: BatchSettings
     folder: Path  # checkpoints, metrics.jsonl; seen by all workers, or else kept at a URL too
-    away: Away | None = None  # that URL
+    mirror: Mirror | None = None  # that URL
     report: Report = lambda line: None
     team: Team = Team()
     asked_to_stop: Callable[[], bool] = lambda: False  # besides a signal; looked at with every line of metrics
@@ -201,7 +202,7 @@ class Run:
     @property
     def place(self) -> Place:
         """Where the run is kept, as a user named it."""
-        return self.folder if self.away is None else self.away.there
+        return self.folder if self.mirror is None else self.mirror.there
 
     @property
     def total(self) -> int:
@@ -224,7 +225,7 @@ def train(run: Run) -> dict[str, Any]:
     optimizer = make_optimizer(model, settings)
     average = Average(model.classifier, settings.average) if settings.average else None
     state = _resume(run, optimizer, average)
-    with checkpoints.Writer(run.folder, team.rank, team.sharded, run.away) as writer:
+    with checkpoints.Writer(run.folder, team.rank, team.sharded, run.mirror) as writer:
         _steps(run, optimizer, average, state, writer)
         if run.writes_last:
             with average.in_place() if average is not None else nullcontext():
@@ -314,15 +315,20 @@ def make_optimizer(model: RewardModel, settings: TrainSettings) -> torch.optim.O
 
 
 def freeze(model: RewardModel, lowest: int) -> None:
-    """Train neither the embeddings nor the `lowest` layers of a body; -1: nothing but the head."""
+    """Train neither the embeddings nor the `lowest` layers of a body; -1: nothing but the head, or but what makes one score of it."""
     layers = layers_of(model.classifier)
     if lowest > layers:
         raise SettingsError(f"freeze_layers={lowest} and the body has {layers} layers", "freeze fewer, or -1 for all of them")
-    parts = head_parts(model.classifier, model.head_name)
+    parts = (OVERALL,) if lowest < 0 and model.reading.learns_overall else head_parts(model.classifier, model.head_name)
     for name, parameter in model.classifier.named_parameters():
         head = is_part(name, parts)
         frozen = lowest and not head and (lowest < 0 or depth_of(name, layers, head) <= lowest)
         parameter.requires_grad_(parameter.requires_grad and not frozen)
+    if not any(parameter.requires_grad for parameter in model.classifier.parameters()):
+        raise SettingsError(
+            f"train.freeze_layers={lowest} leaves nothing to train: this head has no weights but the embeddings, which are frozen",
+            "freeze fewer layers, or none: leave it out",
+        )
 
 
 def _step(run: Run, optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parameter], step: int, numbers: Any, tally: _Tally) -> None:
@@ -423,8 +429,16 @@ class _Lines:
             kept = "".join(line + "\n" for line in old.splitlines() if line.endswith("}") and json.loads(line)["step"] <= step)
             if kept != old:
                 aside = self.path.with_suffix(".partial")
-                aside.write_text(kept, encoding="utf-8")
-                aside.replace(self.path)
+                with self._told():
+                    aside.write_text(kept, encoding="utf-8")
+                    aside.replace(self.path)
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RaywardError(f"{self.path} cannot be written: {error}\n  -> make room on that disk; the same command goes on") from None
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One line, on rank 0; a loss that is no number ends the run with the way out."""
@@ -433,13 +447,8 @@ class _Lines:
             raise RaywardError(f"{bad[0]} is {values[bad[0]]} at step {step}\n  -> lower the learning rate: --set train.lr=...")
         if self.run.team.rank == 0:
             line = {"step": step, **{n: v for n, v in values.items() if math.isfinite(v)}}
-            try:
-                with self.path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
-            except OSError as error:
-                raise RaywardError(
-                    f"{self.path} cannot be written: {error}\n  -> make room on that disk; the same command goes on"
-                ) from None
+            with self._told(), self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
             self.run.report(line)
 
 

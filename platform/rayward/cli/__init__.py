@@ -3,6 +3,7 @@
 rayward ls                           pipelines and jobs, a line each
 rayward run label_pairs --help       what a script needs to know
 rayward run mine.py --source S       a script of your own
+rayward --store S run NAME           before any command: the store of this one, a folder or a URL
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from rayward.errors import SettingsError
 
 app = typer.Typer(
     name="rayward",
-    help="Rollouts and judgements in, calibrated and registered reward models out.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -71,6 +71,19 @@ def execute(path: Path, arguments: list[str]) -> None:
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 
+@app.callback()
+def options(
+    store: Annotated[
+        str, typer.Option(metavar="PLACE", help="folder or URL of the store [default: RAYWARD_STORE, then ./store]", show_default=False)
+    ] = "",
+) -> None:
+    """Rollouts and judgements in, calibrated and registered reward models out."""
+    if store.startswith("store:"):
+        raise SettingsError(f"--store {store} names itself", "give a folder or a URL")
+    if store:
+        os.environ["RAYWARD_STORE"] = store
+
+
 @app.command(context_settings=_PASS_ON)
 def run(context: typer.Context, name: Annotated[str, typer.Argument(help="a script's name (rayward ls) or a path")] = "--help") -> None:
     """Run a pipeline or a job here: rayward run NAME [its options]. `rayward run NAME --help` lists them."""
@@ -84,7 +97,8 @@ def run(context: typer.Context, name: Annotated[str, typer.Argument(help="a scri
 
 
 _SUBMIT = {"allow_extra_args": True, "allow_interspersed_args": False}  # ours stand before NAME, what follows is the script's
-app.command(context_settings=_SUBMIT)(jobs.submit_with(find_script, script_folders))
+_submit = app.command(context_settings=_SUBMIT, short_help="Run a pipeline or a job on a cluster, as a Ray job.")
+_submit(jobs.submit_with(find_script, script_folders))
 
 
 @app.command()
@@ -96,7 +110,7 @@ def ls() -> None:
             print(f"  {path.stem:<20} {first_line(path)}")
 
 
-@app.command()
+@app.command(short_help="Take a script home and change it.")
 def cp(
     name: Annotated[str, typer.Argument(help="a script's name (rayward ls)")],
     to: Annotated[Path, typer.Argument(help="where to put it: a file or a folder")] = Path("."),
@@ -112,13 +126,13 @@ def cp(
     print(f"{target}\nrun it with: rayward run {target}")
 
 
-@app.command(context_settings=_PASS_ON)
+@app.command(context_settings=_PASS_ON, short_help="The whole story on the built-in toy world.")
 def quickstart(context: typer.Context) -> None:
     """The whole story on the built-in toy world: minutes on a laptop, nothing downloaded."""
     execute(find_script("quickstart"), context.args)
 
 
-@app.command()
+@app.command(short_help="The MLflow UI: runs, metrics, reports, models.")
 def ui(
     port: Annotated[int, typer.Option(help="port on this machine")] = 5000,
     host: Annotated[str, typer.Option(help="address to listen on; the server has no password")] = "127.0.0.1",

@@ -26,9 +26,16 @@ def group() -> None:
 
 @app.command()
 def check(
-    address: Annotated[str, typer.Option(help="HOST:PORT of the head; else RAY_ADDRESS, or the cluster started last here")] = "",
-    store: Annotated[str, typer.Option(help="folder or URL that all nodes share; else RAYWARD_STORE")] = "",
-    limit: Annotated[float, typer.Option(help="seconds that a node may take to answer")] = 30.0,
+    address: Annotated[
+        str,
+        typer.Option(
+            metavar="HOST:PORT", help="where the head is [default: RAY_ADDRESS, then the cluster started last here]", show_default=False
+        ),
+    ] = "",
+    store: Annotated[
+        str, typer.Option(metavar="PLACE", help="folder or URL that all nodes share [default: RAYWARD_STORE]", show_default=False)
+    ] = "",
+    limit: Annotated[float, typer.Option(min=1, metavar="SECONDS", help="how long a node may take to answer")] = 30.0,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object, for scripts")] = False,
 ) -> None:
     """Versions, GPUs, disks, clocks, storage, MLflow and open doors on every node; exit code 1 if anything fails."""

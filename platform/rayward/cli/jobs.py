@@ -13,24 +13,28 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
+    from rayward.cluster.dashboard import Target
     from rayward.cluster.jobs import Job
-    from rayward.cluster.reaching import Target
 
 LEAST_COMMAND = 16  # characters; a shorter piece of a command says nothing
 
 app = typer.Typer(help="Jobs on a cluster: list, status, logs, stop.", no_args_is_help=True, rich_markup_mode=None)
 
 Address = Annotated[
-    str, typer.Option(metavar="URL", help="URL of the cluster's dashboard [default: RAY_ADDRESS, then cluster.yaml]", show_default=False)
+    str,
+    typer.Option(
+        metavar="URL", help="of the cluster's dashboard [default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, cluster.yaml]", show_default=False
+    ),
 ]
 ClusterFile = Annotated[
-    str, typer.Option("--cluster", metavar="FILE", help="file of Ray's cluster launcher [default: cluster.yaml]", show_default=False)
+    str, typer.Option("--cluster", metavar="FILE", help="file of Ray's cluster launcher: through ssh to its head", show_default=False)
 ]
 JobId = Annotated[str, typer.Argument(metavar="ID", help="a job's id, or how it begins: the newest of those")]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON, for scripts")]
@@ -87,7 +91,7 @@ def submit_with(find_script: Callable[[str], Path], folders: Callable[[], list[P
         if {"--help", "-h", "--dry-run"} & set(words):
             sys.exit(subprocess.run([sys.executable, str(script), *words]).returncode)
         resolved = _resolve(script, words)
-        from rayward.cluster.reaching import reach
+        from rayward.cluster.dashboard import reach
 
         target = reach(address, cluster_file)
         request = jobs.Request(cpus, gpus, memory * 2**30, tuple(shared or ()), tuple(env or ()), tuple(ship or ()), python)
@@ -107,7 +111,7 @@ def _submit(target: Target, job: Job, *, wait: bool) -> None:
     job_id, fresh = jobs.send(target, job)
     if fresh:
         size = shipping.size_of(job.files) / 2**20
-        _warn(f"{job_id} sent to {target.url}{' (this machine)' if target.here else ''}: {len(job.files)} files, {size:.1f} MB")
+        _warn(f"{job_id} sent to {target.name}{' (this machine)' if target.here else ''}: {len(job.files)} files, {size:.1f} MB")
         _warn(f"rayward {job.carries}, python {job.python}")
     else:
         _warn(f"{job_id} is the same command, and it runs already: not sent again")
@@ -182,7 +186,7 @@ def _took(row: dict[str, Any]) -> str:
 def list_jobs(address: Address = "", cluster_file: ClusterFile = "", as_json: AsJson = False) -> None:
     """What was sent to the cluster, the newest first."""
     from rayward.cluster import jobs
-    from rayward.cluster.reaching import reach
+    from rayward.cluster.dashboard import reach
 
     target = reach(address, cluster_file)
     rows = [jobs.plain(info) for info in jobs.listed(target)]
@@ -190,7 +194,7 @@ def list_jobs(address: Address = "", cluster_file: ClusterFile = "", as_json: As
         print(json.dumps(rows, indent=2))
         return
     if not rows:
-        print(f"no jobs yet at {target.url}\nsend one: rayward submit NAME ...  (rayward ls)")
+        print(f"no jobs yet at {target.name}\nsend one: rayward submit NAME ...  (rayward ls)")
         return
     _print_table(rows)
 
@@ -220,22 +224,22 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     Console(width=width, highlight=False, markup=False).print(table)
 
 
-@app.command()
+@app.command(short_help="One job: how it stands, what it is, its run.")
 def status(job_id: JobId, address: Address = "", cluster_file: ClusterFile = "", as_json: AsJson = False) -> None:
     """One job: how it stands, what it is, which run of the registry it writes."""
     from rayward.cluster import jobs
-    from rayward.cluster.reaching import reach
+    from rayward.cluster.dashboard import reach
 
     target = reach(address, cluster_file)
     info = jobs.find(target, job_id)
-    row = jobs.plain(info) | {"run": _run_of(info.submission_id)}
+    row = jobs.plain(info) | _run_of(info.submission_id)
     if as_json:
         print(json.dumps(row, indent=2))
         return
     code = f" with exit code {row['exit_code']}" if row["exit_code"] else ""
     print(f"{row['id']}  {row['state']}{code}  started {_when(row['started'])}, {_took(row)}")
     mine = row["metadata"] or {"command": row["entrypoint"]}
-    for name, value in [*mine.items(), ("run", row["run"])]:
+    for name, value in [*mine.items(), ("run", _run_in_words(row))]:
         if value:
             print(f"  {name:<10} {value}")
     if row["state"] in ("pending", "failed") and row["message"].strip():
@@ -243,16 +247,22 @@ def status(job_id: JobId, address: Address = "", cluster_file: ClusterFile = "",
     print(f"  {'log':<10} rayward jobs logs {row['id']}{target.options}")
 
 
-def _run_of(job_id: str) -> str | None:
-    """The MLflow run that carries this job's id, if this machine reaches the registry that the job wrote to."""
+def _run_of(job_id: str) -> dict[str, Any]:
+    """The MLflow run that carries this job's id, as plain values; `run_unknown` says why it cannot be asked for."""
     from rayward import registry
     from rayward.errors import RegistryError
 
-    find_run = getattr(registry, "run_of_submission", None)
     try:
-        return find_run(job_id) if find_run else None
-    except RegistryError:
-        return None
+        ran = registry.run_of_submission(job_id)
+    except RegistryError as error:
+        return {"run": None, "run_unknown": error.what}
+    return {"run": asdict(ran) if ran else None}
+
+
+def _run_in_words(row: dict[str, Any]) -> str:
+    if row["run"] is None:
+        return f"not known: {row['run_unknown']}" if "run_unknown" in row else ""
+    return " ".join(filter(None, (row["run"]["run_id"], row["run"]["status"].lower(), row["run"]["url"])))
 
 
 @app.command()
@@ -264,7 +274,7 @@ def logs(
 ) -> None:
     """What a job said so far."""
     from rayward.cluster import jobs
-    from rayward.cluster.reaching import reach
+    from rayward.cluster.dashboard import reach
 
     target = reach(address, cluster_file)
     info = jobs.find(target, job_id)
@@ -274,11 +284,11 @@ def logs(
         sys.stdout.write(jobs.log(target, info.submission_id))
 
 
-@app.command()
+@app.command(short_help="Stop a job and wait until it has stopped.")
 def stop(job_id: JobId, address: Address = "", cluster_file: ClusterFile = "") -> None:
     """Stop a job and wait until it has; the same `rayward submit` goes on where it stopped."""
     from rayward.cluster import jobs
-    from rayward.cluster.reaching import reach
+    from rayward.cluster.dashboard import reach
 
     target = reach(address, cluster_file)
     info = jobs.find(target, job_id)

@@ -1,6 +1,6 @@
 """Jobs on a cluster: sent, followed, listed, stopped. The only place that speaks Ray's Jobs API.
 
-    target = reach("http://127.0.0.1:8265")                    # cluster.reaching
+    target = reach("http://127.0.0.1:8265")                    # cluster.dashboard
     job = describe("label_pairs", script, words, ...)          # what would run, and whether the cluster can see what it names
     job_id, fresh = send(target, job)                          # label_pairs-3f9a1c22-1
     code = follow(target, job_id, print)                       # its log, then its exit code
@@ -24,19 +24,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rayward.cluster import shipping, sight
-from rayward.cluster.reaching import Target
+from rayward import places
+from rayward.cluster import shipping, visibility
+from rayward.cluster.dashboard import Target
 from rayward.cluster.shipping import Word
-from rayward.config import public
-from rayward.errors import RaywardError, SettingsError
+from rayward.config import flatten, public
+from rayward.errors import RaywardError, SettingsError, UserError
 
 PATIENCE_S = 40.0  # how long a job may wait for a place before we say why
 STOP_S = 60.0  # how long a stop is waited for
+UNPLACED_STOP_S = 3.0  # and how long of a job that waits for a place
 RETRY_S = 60.0  # how long a lost connection is tried again
 GRACE_S = 20  # what a stopped job gets to put its things away before it is killed
 PAUSE_S = 0.5
@@ -44,11 +47,15 @@ TRAVEL = (  # variables that go along where they are set
     "RAYWARD_STORE",
     "RAYWARD_RAY_LOGS",
     "RAYWARD_TRACEBACK",
+    "RAYWARD_TRACKING_WAIT_S",
     "MLFLOW_TRACKING_URI",
-    "AWS_ENDPOINT_URL",
-    "AWS_REGION",
+    *places.CARRIED,
     "HF_HUB_OFFLINE",
     "OMP_NUM_THREADS",
+)
+NEEDS_STORE = (  # or what is written would lie in the folder that is sent, and be gone with it
+    '[ -n "$RAYWARD_STORE" ] || { echo "error: the command names store:..., and RAYWARD_STORE is set neither on this cluster nor where '
+    'the job was sent from; before rayward submit: export RAYWARD_STORE=s3://BUCKET/PREFIX" >&2; exit 2; }; '
 )
 MEANT = ("RAYWARD_STORE", "MLFLOW_TRACKING_URI")  # those that say what names in a command mean
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
@@ -87,7 +94,8 @@ class Job:
     private: Mapping[str, str]  # variables that travel in the folder
     metadata: Mapping[str, str]
     request: Request
-    carries: str = field(default="")  # which package runs, in words
+    carries: str  # which package runs, in words
+    needs_store: bool  # the store of the cluster's own environment is used, so there has to be one
 
     def entrypoint(self) -> str:
         """The command in the cluster's shell."""
@@ -95,6 +103,7 @@ class Job:
         words = " ".join(at + shlex.quote(w.text) if w.sent else shlex.quote(w.text) for w in (Word(self.script, sent=True), *self.words))
         before = f"sent=$PWD; cd {shlex.quote(self.folder)} && " if self.folder else ""
         before = f". ./{shipping.PRIVATE} && {before}" if self.private else before
+        before = NEEDS_STORE + before if self.needs_store else before
         return f"{before}exec {shlex.quote(self.python)} {words}"
 
 
@@ -118,28 +127,21 @@ def describe(
     heard, configs = shipping.take_configs(words)
     if missing := [path for path in configs.values() if not path.is_file()]:
         raise SettingsError(f"--config {missing[0]} cannot be read: there is no such file", "give a file of `name: value` lines")
-    sight.check_public(words)
+    visibility.check_public(words)
     shared = tuple(path.expanduser().absolute() for path in request.shared)
     environment, private = _environment(request.env, here)
     if not here:
-        sight.check_seen(words, configs.values(), resolved, shared)
-        sight.check_store(environment | private, shared)
+        visibility.check_seen(words, configs.values(), resolved, shared)
+        visibility.check_store(environment | private, shared)
     cwd = Path.cwd()
     folder = str(cwd) if here or any(cwd == s or s in cwd.parents for s in shared) else ""
-    mine = {script.name: script} | shipping.extra_files(shipping.imported(script)) | configs | shipping.extra_files(request.ship)
+    beside, asked_for = (shipping.extra_files(paths) for paths in (shipping.imported(script), request.ship))
+    mine = shipping.joined({script.name: script}, beside, configs, asked_for)
     where = {name: public(value) for name, value in (environment | private).items() if name in MEANT} | {"folder": folder}
     digest = shipping.digest_of(words, mine, where)
+    named = [value for _, value in visibility.told(words)] + [str(value) for value in flatten(resolved).values()]
+    needs_store = not folder and "RAYWARD_STORE" not in where and any(value.startswith("store:") for value in named)
     carries = code_version if package else f"the cluster's own (here {code_version.partition('+')[0]})"
-    metadata = {
-        "command": shlex.join([str(script) if script.parent == Path() else script.stem, *words]),
-        "script": script.stem,
-        "user": f"{getpass.getuser()}@{socket.gethostname()}",
-        "git": git_revision(script.parent),
-        "settings": digest,
-        "package": carries,
-        "env": " ".join(request.env),
-        "asks": ", ".join(f"{name} {number:g}" for name, number in request.resources().items()),
-    }
     return Job(
         name=f"{re.sub(r'[^A-Za-z0-9_]', '_', script.stem)}-{digest}",
         words=tuple(heard),
@@ -149,17 +151,43 @@ def describe(
         python=request.python or (sys.executable if here else "python"),
         visible=environment,
         private=private,
-        metadata={name: value for name, value in metadata.items() if value},
+        metadata=_metadata(script, words, request) | {"settings": digest, "package": carries},
         request=request,
         carries=carries,
+        needs_store=needs_store,
     )
+
+
+def _metadata(script: Path, words: Sequence[str], request: Request) -> dict[str, str]:
+    """What whoever lists the job is told: what runs, for whom, of which revision."""
+    said = {
+        "command": shlex.join([str(script) if script.parent == Path() else script.stem, *words]),
+        "script": script.stem,
+        "user": f"{_user()}@{socket.gethostname()}",
+        "git": git_revision(script.parent),
+        "env": " ".join(request.env),
+        "asks": ", ".join(f"{name} {number:g}" for name, number in request.resources().items()),
+    }
+    return {name: value for name, value in said.items() if value}
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container whose user has no name
+        return str(os.getuid())
 
 
 def _environment(asked: Sequence[str], here: bool) -> tuple[dict[str, str], dict[str, str]]:
     """Variables that travel: those that may be seen, and those that may not (asked for by name, or with a password in a URL)."""
     missing = [name for name in asked if name not in os.environ]
     if missing:
-        raise SettingsError(f"--env {missing[0]}: there is no such variable here", f"export {missing[0]}=... first")
+        way_out = f"export {missing[0]}=... first"
+        if "=" in missing[0]:  # and it may be a secret
+            missing, way_out = [missing[0].partition("=")[0] + "=..."], "give the name alone: the value is taken from the environment"
+        raise SettingsError(f"--env {missing[0]}: there is no such variable here", way_out)
+    if odd := [name for name in asked if not re.fullmatch(r"[A-Za-z_]\w*", name)]:
+        raise SettingsError(f"--env {odd[0]} is no name that a shell can set", "use letters, digits and _")
     found = {name: os.environ[name] for name in TRAVEL if os.environ.get(name)}
     if here:  # workers do not stand in this folder, so names must not depend on it
         remote = "://" in found.get("RAYWARD_STORE", "")
@@ -184,9 +212,37 @@ def git_revision(folder: Path) -> str:
 # ---------------------------------------------------------------------------------------------------------------------- send
 
 
+@contextmanager
+def _asking(target: Target, job_id: str = "") -> Iterator[None]:
+    """What Ray's client raises where the dashboard fails, says no or is away, in our words."""
+    from ray.exceptions import AuthenticationError
+
+    try:
+        yield
+    except UserError:
+        raise
+    except (RuntimeError, OSError, AuthenticationError) as error:  # a status, a connection, or a token that is another meanwhile
+        raise _unanswered(target, job_id, error) from None
+
+
+def _unanswered(target: Target, job_id: str, error: Exception) -> SettingsError:
+    if _unknown(error):
+        way_out = "its head was started anew, or the job deleted; rayward submit sends it again, and it goes on by what lies in its output"
+        return SettingsError(f"{target.name} does not know {job_id or 'this job'}", way_out)
+    said = _first(str(error) or type(error).__name__)
+    way_out = f"look again: rayward jobs list {target.options.strip()}"
+    return SettingsError(f"{target.name} does not do what it is asked: {said}", way_out)
+
+
+def _unknown(error: Exception) -> bool:
+    """Whether the dashboard answers that there is no such job."""
+    return getattr(error, "status", None) == 404 or "status code 404" in str(error)
+
+
 def send(target: Target, job: Job) -> tuple[str, bool]:
     """Send a job, or find the one that runs already; returns its id and whether it is a new one."""
-    before = _numbered(target, job.name)
+    with _asking(target):
+        before = _numbered(target, job.name)
     running = [info for _, info in before if info.status not in ENDED]
     if running:
         return running[-1].submission_id, False
@@ -206,10 +262,11 @@ def send(target: Target, job: Job) -> tuple[str, bool]:
                 entrypoint_num_gpus=job.request.gpus,
                 entrypoint_memory=int(job.request.memory) or None,
             )
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             if "already exists" in str(error):  # someone else sent the same at the same moment
                 return job_id, False
-            raise SettingsError(f"{target.url} did not take the job: {_first(str(error))}", "its log: the dashboard, Logs") from None
+            way_out = f"the same command sends it, or finds it if it did arrive: rayward jobs list {target.options.strip()}"
+            raise SettingsError(f"{target.name} did not take the job: {_first(public(str(error)))}", way_out) from None
     return job_id, True
 
 
@@ -264,7 +321,6 @@ def follow(target: Target, job_id: str, say: Callable[[str], None], warn: Callab
         Unplaced: if its entry process has waited for PATIENCE_S and no node has, in all, what it asks for.
     """
     import aiohttp
-    import requests
 
     log = _Log(say)
     lost = 0.0
@@ -275,11 +331,13 @@ def follow(target: Target, job_id: str, say: Callable[[str], None], warn: Callab
             if info.status in ENDED:
                 log.end()
                 return info
-        except (RuntimeError, OSError, aiohttp.ClientError, requests.RequestException) as error:  # a connection that broke
+        except (RuntimeError, OSError, aiohttp.ClientError) as error:  # a connection that broke
+            if _unknown(error):
+                raise _unanswered(target, job_id, error) from None
             lost = lost or time.monotonic()
             if time.monotonic() - lost > RETRY_S:
                 raise SettingsError(
-                    f"{target.url} does not answer any more: {_first(str(error) or type(error).__name__)}",
+                    f"{target.name} does not answer any more: {_first(str(error) or type(error).__name__)}",
                     f"the job may well go on; come back with  rayward jobs logs {job_id} -f{target.options}",
                 ) from None
             time.sleep(2.0)
@@ -339,9 +397,11 @@ def waiting(target: Target, info: Any) -> str:
     words = ", ".join(f"{number / 2**30:.1f} GiB of memory" if name == "memory" else f"{number:g} {name}" for name, number in asked.items())
     stop = f"rayward jobs stop {info.submission_id}{target.options}"
     if asked and not target.room(**asked):
+        if target.autoscaling():
+            return f"waiting for {words}: no node has that now, and an autoscaler may add one. To give it up: {stop}"
         raise Unplaced(
             f"{info.submission_id} asks for {words} for its entry process, and no node of the cluster has that\n"
-            f"  -> it waits for a node that an autoscaler may add; if none will: {stop}  and ask for less"
+            f"  -> it waits for such a node to join; if none will: {stop}  and ask for less"
         )
     if asked:
         return f"waiting for {words}: every node that has it is busy. It begins when one is free; or give it up: {stop}"
@@ -359,13 +419,13 @@ def verdict(info: Any, again: str) -> tuple[int, str]:
     if info.status == "STOPPED":
         return 130, f"{info.submission_id} was stopped {took}; {goes_on}"
     if info.driver_exit_code is None:  # it never began, or whatever ran it died
-        return 1, f"{info.submission_id} failed {took}: {(info.message or '').strip()[:2000]}\n  -> {again}"
+        return 1, f"{info.submission_id} failed {took}: {public(info.message or '').strip()[:2000]}\n  -> {again}"
     hint = f"{goes_on}; " if info.driver_exit_code != 2 else ""
     if "No module named 'rayward'" in (info.message or ""):
         hint = "the cluster's python does not have rayward: --package sends this one; "
     elif info.driver_exit_code == 127:
         hint = "its shell finds no such python: name it, --python /path/to/python; "
-    return info.driver_exit_code, f"{info.submission_id} failed with exit code {info.driver_exit_code} {took}\n  -> {hint}{again}"
+    return info.driver_exit_code or 1, f"{info.submission_id} failed with exit code {info.driver_exit_code} {took}\n  -> {hint}{again}"
 
 
 # ---------------------------------------------------------------------------------------------------------- list, find, stop
@@ -373,7 +433,8 @@ def verdict(info: Any, again: str) -> tuple[int, str]:
 
 def listed(target: Target) -> list[Any]:
     """Every job that was sent to the cluster, the newest first; programs that joined it by themselves are not among them."""
-    jobs = [info for info in target.client.list_jobs() if info.submission_id]
+    with _asking(target):
+        jobs = [info for info in target.client.list_jobs() if info.submission_id]
     return sorted(jobs, key=lambda info: -(info.start_time or 0))
 
 
@@ -384,24 +445,26 @@ def find(target: Target, job_id: str) -> Any:
         if info.submission_id == job_id:
             return info
     for info in jobs:
-        if info.submission_id.startswith(job_id):
+        if job_id and info.submission_id.startswith(job_id):
             return info
     known = [info.submission_id for info in jobs[:8]]
     close = difflib.get_close_matches(job_id, [*known, *(name.partition("-")[0] for name in known)], n=1)
     way_out = (f"did you mean {close[0]}? " if close else "") + f"The newest: {', '.join(known)}"
     raise SettingsError(
-        f"there is no job {job_id} at {target.url}", way_out if known else "none was sent to it yet: rayward submit NAME ..."
+        f"there is no job {job_id!r} at {target.name}", way_out if known else "none was sent to it yet: rayward submit NAME ..."
     )
 
 
 def stop(target: Target, job_id: str) -> Any:
     """Ask a job to stop and wait for it; returns Ray's details, of a job that has not ended if it would not within STOP_S."""
-    target.client.stop_job(job_id)
-    until = time.monotonic() + STOP_S
-    while (info := target.client.get_job_info(job_id)).status not in ENDED and time.monotonic() < until:
-        if info.status == "PENDING" and time.monotonic() > until - STOP_S + 5 * PAUSE_S:
-            break  # it hears of it once it has a place
-        time.sleep(PAUSE_S)
+    began = time.monotonic()
+    with _asking(target, job_id):
+        target.client.stop_job(job_id)
+        while (info := target.client.get_job_info(job_id)).status not in ENDED:
+            limit = UNPLACED_STOP_S if info.status == "PENDING" else STOP_S  # it hears of it once it has a place
+            if time.monotonic() - began > limit:
+                break
+            time.sleep(PAUSE_S)
     return info
 
 
@@ -409,7 +472,8 @@ def log(target: Target, job_id: str) -> str:
     """What a job said so far, without Ray's own first lines."""
     lines: list[str] = []
     said = _Log(lines.append)
-    said.take(target.client.get_job_logs(job_id))
+    with _asking(target, job_id):
+        said.take(target.client.get_job_logs(job_id))
     said.end()
     return "".join(f"{line}\n" for line in lines)
 

@@ -1,10 +1,10 @@
 """The nodes of a cluster that is there already: which they are, and what each of them says when it is asked the same question.
 
     with cluster.connect():
-        for node, said in on_each(nodes(), questions.facts, 30.0, packages=["ray"], gpus=0).items(): ...
+        for node, said in on_each(alive(), probes.facts, 30.0, packages=["ray"], gpus=0).items(): ...
 
-A node that does not answer within the limit is an answer too (a `Silence`), and never a hang. The questions travel with their code, so
-that a node on which this package is missing can still say so. No secret travels: a node uses the token it has.
+A node that does not answer within the limit is an answer too (a `Silence`), and never a hang. The questions (`probes`) travel with their
+code, so that a node on which this package is missing can still say so. No secret travels: a node uses the token it has.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from rayward.cluster import questions
+from rayward.cluster import probes
 
 KNOCK_S = 20.0  # how long a head may take to answer, and the program that asks it to start
 KNOCK = """
@@ -71,17 +71,18 @@ def knock(address: str, mode: str) -> str:
         done = subprocess.run([sys.executable, "-c", KNOCK, address], env=env, capture_output=True, text=True, timeout=KNOCK_S)
     except subprocess.TimeoutExpired:
         return f"no answer within {KNOCK_S:g} s"
-    return done.stdout.strip() or "refused"  # without any token Ray ends the process
+    nothing = "refused" if mode == "token" else f"the program that asks ended with exit code {done.returncode}"
+    return done.stdout.strip() or nothing  # without any token Ray ends the process
 
 
-def nodes() -> list[Node]:
+def alive() -> list[Node]:
     """The nodes that are alive, the head first."""
     import ray
 
-    alive = [row for row in ray.nodes() if row["Alive"]]
-    addresses = [row["NodeManagerAddress"] for row in alive]
+    rows = [row for row in ray.nodes() if row["Alive"]]
+    addresses = [row["NodeManagerAddress"] for row in rows]
     found = []
-    for row in alive:
+    for row in rows:
         resources, address = row["Resources"], row["NodeManagerAddress"]
         name = address if addresses.count(address) == 1 else f"{address}#{row['NodeID'][:4]}"
         head = "node:__internal_head__" in resources
@@ -109,7 +110,7 @@ def on_each(
     env: Mapping[str, str] | None = None,
     **always: Any,
 ) -> dict[str, Any]:
-    """What every node answers to a question (a function of `questions`), by the node's name; a Silence where it gives none in time.
+    """What every node answers to a question (a function of `probes`), by the node's name; a Silence where it gives none in time.
 
     `always` is said to all of them, `said` to each by its name; `env` are variables of its environment.
     """
@@ -119,7 +120,7 @@ def on_each(
     from ray import cloudpickle
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    cloudpickle.register_pickle_by_value(questions)  # or a node without this package could not even say so
+    cloudpickle.register_pickle_by_value(probes)  # or a node without this package could not even say so
     task, environment = ray.remote(question), {"env_vars": dict(env)} if env else None
     waiting = {}
     for node in asked:
@@ -150,7 +151,7 @@ def clock_offsets(asked: Sequence[Node], limit_s: float, rounds: int = 5) -> dic
     for node in asked:
         for _ in range(rounds):
             before = time.time()
-            there = on_each([node], questions.clock, limit_s)[node.name]
+            there = on_each([node], probes.clock, limit_s)[node.name]
             after = time.time()
             if isinstance(there, Silence):
                 break

@@ -42,14 +42,33 @@ def autoscaling() -> bool:
     return any(not kind.startswith("node_") for kind in kinds)
 
 
-def check_fits(asked: Mapping[str, float]) -> None:
-    """SettingsError if no machine of the cluster has as much as one worker asks for, and none can come."""
+def addable() -> list[dict[str, float]]:
+    """What one machine has, of every kind that an autoscaler may add, as far as it says (KubeRay's does, the launcher's does not)."""
     import ray
 
-    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if any(all((has.get(kind) or 0.0) >= much for kind, much in asked.items()) for has in alive) or autoscaling():
+    config = ray._private.state.state.get_cluster_config()
+    groups = config.node_group_configs if config is not None else ()
+    return [{kind: float(much) for kind, much in group.resources.items()} for group in groups if group.max_count]
+
+
+def machines() -> list[dict[str, float]]:
+    """What one machine has in all, of those that are there and of every kind that may come."""
+    import ray
+
+    return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]] + addable()
+
+
+def may_surprise() -> bool:
+    """Whether an autoscaler may add machines and does not say of which kinds."""
+    return autoscaling() and not addable()
+
+
+def check_fits(asked: Mapping[str, float]) -> None:
+    """SettingsError if no machine of the cluster has as much as one worker asks for, and none can come."""
+    known = machines()
+    if any(all((has.get(kind) or 0.0) >= much for kind, much in asked.items()) for has in known) or may_surprise():
         return
-    most = {kind: max(((has.get(kind) or 0.0) for has in alive), default=0.0) for kind in asked}
+    most = {kind: max(((has.get(kind) or 0.0) for has in known), default=0.0) for kind in asked}
     raise SettingsError(
         f"a worker asks for {_words(asked)}, and no machine of this cluster has that: the most is {_words(most)}",
         "ask for less, or add a machine that has it",

@@ -107,13 +107,23 @@ def package_files(package: Path, scripts: Mapping[str, Sequence[Path]]) -> dict[
 
 
 def extra_files(paths: Sequence[Path]) -> dict[str, Path]:
-    """What --ship names, under its own name."""
+    """What --ship names, under its own name (of a link: the link's)."""
     files: dict[str, Path] = {}
     for path in paths:
         if not path.exists():
             raise SettingsError(f"--ship {path} does not exist", "give a file or a folder of modules that the script imports")
-        root = path.resolve()
-        files |= {str(Path(root.name) / file.relative_to(root)) if root.is_dir() else root.name: file for file in files_of(root)}
+        root = Path(os.path.abspath(path.expanduser()))
+        files = joined(files, {str(root.name / file.relative_to(root)): file for file in files_of(root)})
+    return files
+
+
+def joined(*parts: Mapping[str, Path]) -> dict[str, Path]:
+    """All files under their names, or SettingsError where two of them would lie at the same place."""
+    files: dict[str, Path] = {}
+    for name, path in (pair for part in parts for pair in part.items()):
+        if name in files and not files[name].samefile(path):
+            raise SettingsError(f"{files[name]} and {path} would both be sent as {name}", "rename one, or ship the folder that it lies in")
+        files[name] = path
     return files
 
 
@@ -147,6 +157,7 @@ def pack(folder: Path, files: Mapping[str, Path], private: Mapping[str, str]) ->
         shutil.copyfile(path, folder / name)
     if private:
         lines = [f"export {name}={shlex.quote(value)}\n" for name, value in sorted(private.items())]  # the entry process's shell reads it
+        (folder / PRIVATE).touch(mode=0o600)  # which Ray keeps when it unpacks
         (folder / PRIVATE).write_text("".join(lines), encoding="utf-8")
 
 

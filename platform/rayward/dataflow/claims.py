@@ -1,9 +1,9 @@
 """One run at a time on an output: a lock on disk, and at a URL, where nothing can be locked, a lease.
 
-A lease is the object `.lock` in the stage. It is written on condition that there is none (S3 and Google Storage keep to that), and
-its owner renews it every BEAT_S. Whoever finds one of a process of this machine that is gone takes it; of any other it watches whether
-it is renewed: if so, another run is at work; if it stays as it is for LAPSE_S, that run is lost, and its lease is taken. Clocks are not
-compared.
+A lease is the object `.lock` in the stage. It is written on condition that there is none (S3 and Google Storage keep to that; where a
+store does not, two runs that begin within one request both hold it until one of them looks), and its owner renews it every BEAT_S. Whoever
+finds one of a process of this machine that is gone takes it; of any other it watches whether it is renewed: if so, another run is at work;
+if it stays as it is for LAPSE_S, that run is lost, and its lease is taken. Clocks are not compared.
 
 What a lease cannot do: a run that was cut off from the store for longer than LAPSE_S may come back and find its lease taken. It looks
 before it publishes, and stops. The parts it wrote until then are those of the same recipe, the same byte for byte; or of another recipe,
@@ -30,6 +30,7 @@ from rayward.places import Place
 
 LOCK = ".lock"
 BEAT_S = 10.0  # seconds between two renewals of a lease: one GET and one PUT
+SETTLE_S = 2.0  # seconds after which a lease that was taken from another run is looked at again
 LAPSE_S = 35.0  # seconds after which a lease that nobody renews is void
 
 
@@ -58,6 +59,8 @@ def _locked(stage: Path, output: Place) -> Iterator[None]:
             raise _taken(output) from None
         except OSError:
             pass  # a file system without locks
+        if not (stage / LOCK).exists() or not os.path.samestat(os.fstat(lock.fileno()), (stage / LOCK).stat()):
+            raise _taken(output)  # whoever held it has published, and this file went along
         yield
 
 
@@ -76,6 +79,7 @@ class _Lease:
 
     def take(self) -> None:
         """Make it this run's, or DataError."""
+        void = False
         while not places.create(self.path, self._words()):
             found = self._found()
             if found is None:
@@ -84,6 +88,11 @@ class _Lease:
                 self._watch(found)
             if self._found() == found:
                 places.remove_files(self.path.parent, [LOCK])
+                void = True
+        if void:  # of two who found it void at once, the second may have removed what the first had written
+            time.sleep(SETTLE_S)
+            if not self._mine():
+                raise _taken(self.output)
         self._thread.start()
 
     def _watch(self, found: bytes) -> None:

@@ -94,11 +94,11 @@ def run(
     """
     results: dict[int, dict[str, Any]] = {}
     todo: list[dict[str, Any]] = []
-    earlier = places.listing(done) if done is not None else {}
+    earlier = places.read_many(done, [n for n in places.listing(done) if n.endswith(".json")]) if done is not None else {}
     for number, task in enumerate(tasks):
         marker = done / f"{number:06d}.json" if done is not None else None
         if marker is not None and marker.name in earlier:
-            results[number] = json.loads(places.read(marker))
+            results[number] = json.loads(earlier[marker.name])
         else:
             todo.append({"number": number, "task": task, "marker": str(marker.absolute()) if marker else ""})
     with Progress(what, total=len(tasks), unit=unit, start=len(results)) as bar:

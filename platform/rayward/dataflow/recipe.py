@@ -200,12 +200,10 @@ def staged(recipe: Recipe, kind: str, parts: int) -> Iterator[Place]:
             raise
         check()
         if isinstance(stage, Path):
-            for name in _OURS:
-                places.remove(stage / name)
             places.tidy(stage)
-            publish(stage, Path(output))
+            publish(stage, Path(output), _OURS)
         else:
-            publish_remote(stage, output, _OURS)
+            publish_remote(stage, output, _OURS, check)
             _clear(stage)
 
 

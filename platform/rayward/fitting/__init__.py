@@ -9,16 +9,17 @@
       model/            the result: a Hugging Face folder
 
 One worker runs in this process (a group of two costs a quarter of a minute before its first step); more run under a TorchTrainer that
-restarts the group when a worker dies, from the checkpoints in OUTPUT. OUTPUT is a folder that all workers see, or a URL (`home`): then
-every node works on its own disk, and nothing that matters lies there alone.
+restarts the group when a worker dies, from the checkpoints in OUTPUT. OUTPUT is a folder that all workers see, or a URL: then every node
+works on its own disk (`working_copy`), and nothing that matters lies there alone.
 
-    settings     what a fit depends on, the examples of both sides
-    home         where its files lie
-    starting     what it starts from
-    running      the training in this process
-    placement    room for workers
-    workers      the training on them
-    result       what it ends with
+    settings       what a fit depends on, the examples of both sides
+    working_copy   where its files lie
+    starting       what it starts from
+    running        the training in this process
+    placement      room for workers
+    workers        the training on them
+    memory         how many tokens at once
+    result         what it ends with
 """
 
 from __future__ import annotations
@@ -33,19 +34,21 @@ import pyarrow.parquet as pq
 import torch
 
 from rayward import adapters, cluster, places
-from rayward.away import Away
 from rayward.errors import SettingsError
-from rayward.fitting.home import TRACKING, home, pull, pull_run
 from rayward.fitting.placement import Resources
-from rayward.fitting.result import Fitted, kept_best, load_kept, notes_of, tags_of
+from rayward.fitting.result import Fitted, kept_best, load_kept, notes_of, tags_of, without_verbosity
 from rayward.fitting.running import Work, held_groups, set_threads, train_here
 from rayward.fitting.settings import FitSettings, Sides, labeled_by, open_sides
 from rayward.fitting.starting import check, claim, fit_head, for_training, load_start, make_ready, objective_name, save_whole
+from rayward.fitting.working_copy import TRACKED, TRACKING, pull, pull_run, working_copy
+from rayward.mirror import Mirror
+from rayward.places import Place
 from rayward.rendering import Groups
 from rayward.reward_model import Loaded, read_notes
 from rayward.training import Report
 
 __all__ = [
+    "TRACKED",
     "TRACKING",
     "FitSettings",
     "Fitted",
@@ -65,21 +68,24 @@ class Prepared:
     """A fit that may begin: everything a user can have got wrong has been looked at."""
 
     folder: Path  # OUTPUT, or this node's copy of it
-    away: Away | None  # OUTPUT where it is a URL
+    mirror: Mirror | None  # OUTPUT where it is a URL
     settings: FitSettings
     sides: Sides
     loaded: Loaded
     workers: int
     least: int  # workers that are enough to go on with; less than `workers`: the group is elastic
-    each: Resources  # of a worker
+    per_worker: Resources  # of a worker
+
+    @property
+    def place(self) -> Place:
+        """OUTPUT, as all nodes reach it."""
+        return self.folder if self.mirror is None else self.mirror.there
 
     def train(self, report: Report = lambda line: None) -> Fitted:
         """Train, or go on training, and leave the model in OUTPUT/model."""
-        folder, away, settings, loaded = self.folder, self.away, self.settings, self.loaded
-        if away is not None:
-            away.send(TRACKING)
+        folder, mirror, settings, loaded = self.folder, self.mirror, self.settings, self.loaded
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        work = Work(folder, away, settings)
+        work = Work(folder, mirror, settings)
         if self.workers == 1:
             loaded.model.to(device)
             if "OMP_NUM_THREADS" not in os.environ:  # the user's word comes first
@@ -88,13 +94,15 @@ class Prepared:
         else:
             from rayward.fitting.workers import train_on_workers
 
-            train_on_workers(work, str(away.there if away else folder), (self.least, self.workers), self.each, report)
-            if away is not None:
-                pull_run(away / "run")
+            train_on_workers(work, str(self.place), (self.least, self.workers), self.per_worker, report)
+            if mirror is not None:
+                pull_run(mirror / "run")
         state = load_kept(folder, settings, loaded)
         if not settings.train.shard:  # what is spread over devices need not fit into one
             loaded.model.to(device)
         held = held_groups(folder)
+        if settings.net.verbosity and not loaded.model.reading.learns_overall:
+            without_verbosity(settings, loaded, held if held is not None else Groups(folder / "groups" / "train"))
         notes = notes_of(settings, self.sides, loaded, held)
         if settings.lora.rank:
             adapters.merge(loaded.model.classifier)
@@ -103,8 +111,7 @@ class Prepared:
         trained = len(Groups(folder / "groups" / "train"))
         counts = {"train": trained, "validation": len(held) if held is not None else 0, "rejected": rejects}
         kept = {n: v for n, v in state.items() if n != "step"}
-        place = model if away is None else away.there / "model"
-        return Fitted(model, place, notes, kept, counts, tags_of(self.sides, notes, kept, counts), kept_best(folder))
+        return Fitted(model, self.place / "model", notes, kept, counts, tags_of(self.sides, notes, kept, counts), kept_best(folder))
 
     def _save(self, notes: dict[str, Any]) -> Path:
         """Leave the model in OUTPUT/model, unless it is there."""
@@ -114,12 +121,12 @@ class Prepared:
         if fresh:
             shutil.rmtree(model, ignore_errors=True)
             save_whole(Loaded(loaded.model, loaded.tokenizer, notes), model)
-        if self.away is not None and (fresh or not (self.away.there / "model" / "config.json").exists()):
-            self.away.send("model")
+        if self.mirror is not None and (fresh or self.mirror.read("model/config.json") != (model / "config.json").read_bytes()):
+            self.mirror.send("model")
         return model
 
 
-def prepare(settings: FitSettings, output: str, workers: int = 1, least: int = 0, each: Resources | None = None) -> Prepared:
+def prepare(settings: FitSettings, output: str, workers: int = 1, least: int = 0, per_worker: Resources | None = None) -> Prepared:
     """Look at everything that a fit needs, and make what it starts from: the model and the examples in tokens.
 
     With `least` > 0 the group is elastic: it goes on with as few workers as that when nodes are lost, and grows again up to `workers`.
@@ -133,18 +140,18 @@ def prepare(settings: FitSettings, output: str, workers: int = 1, least: int = 0
         raise SettingsError(
             f"min_workers={least} and workers={workers} are no range", "give the most as --workers, the fewest as --min-workers"
         )
-    folder, away = home(output)
+    folder, mirror = working_copy(output)
     sides = open_sides(settings.examples, settings.validation_share)
     settings = replace(settings, objective=objective_name(settings.objective, sides))
     settings = replace(settings, net=fit_head(settings.net, settings.made_objective()))
-    if away is not None:
-        with places.telling(away.there):  # a mistake in the address is told at once, and not waited out
-            places.listing(away.there)
-        pull(away)
-    claim(folder, away, settings, sides)
-    loaded = make_ready(folder, away, settings, sides)
+    if mirror is not None:
+        with places.telling(mirror.there):  # a mistake in the address is told at once, and not waited out
+            places.listing(mirror.there)
+        pull(mirror)
+    claim(folder, mirror, settings, sides)
+    loaded = make_ready(folder, mirror, settings, sides)
     check(settings, sides, loaded, Groups(folder / "groups" / "train"), held_groups(folder))
-    return Prepared(folder, away, settings, sides, for_training(loaded, settings), workers, least or workers, each or Resources())
+    return Prepared(folder, mirror, settings, sides, for_training(loaded, settings), workers, least or workers, per_worker or Resources())
 
 
 def fit(settings: FitSettings, output: str, workers: int = 1, report: Report = lambda line: None) -> Fitted:

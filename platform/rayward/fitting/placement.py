@@ -15,10 +15,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from rayward import cluster
+from rayward.cluster import placement
 from rayward.errors import RaywardError, SettingsError
 
-BUSY_S = 600.0  # how long to wait for room that the cluster has and others hold, where nothing else is said
-SAY_S = 60.0  # between two words on what is waited for
+BUSY_S = 600.0  # seconds to wait for room that others hold or an autoscaler may bring, where nothing else is said
+SAY_S = 60.0  # seconds between two words on what is waited for
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,8 @@ class Resources:
     """What every worker of a group holds, and how long the group waits for it."""
 
     cpus: float = 1.0  # CPU cores of a worker
-    gpus: float = -1.0  # GPUs of a worker; 0: it trains on CPUs; -1: one where the cluster has enough of them
-    wait_s: float = -1.0  # longest wait for room; -1: ten minutes where the cluster is busy, none where it is too small
+    gpus: float = -1.0  # GPUs of a worker; 0: it trains on CPUs; -1: one where the cluster has any or its autoscaler may add some
+    wait_s: float = -1.0  # seconds to wait for room; -1: BUSY_S where the cluster is busy or grows by itself, none where it is too small
 
     def __post_init__(self) -> None:
         if not self.cpus > 0:
@@ -44,22 +46,6 @@ class Resources:
         """How many workers fit onto nodes that have so much each."""
         return sum(min(int((node.get(kind) or 0.0) // amount) for kind, amount in self.bundle.items()) for node in nodes)
 
-    def settled(self, nodes: Sequence[Mapping[str, float]], least: int) -> Resources:
-        """With gpus=-1 decided: one each where there are as many as workers, none where there is none.
-
-        Raises:
-            SettingsError: if there are GPUs and not enough of them, which is rarely meant.
-        """
-        if self.gpus >= 0:
-            return self
-        gpus = sum(node.get("GPU") or 0.0 for node in nodes)
-        if 0 < gpus < least and self.wait_s < 0:
-            raise SettingsError(
-                f"{least} workers need {least} GPUs and this cluster has {gpus:g}",
-                "ask for fewer workers, or none on GPUs: --gpus-per-worker 0",
-            )
-        return replace(self, gpus=1.0 if gpus > 0 else 0.0)
-
     def said(self, workers: int) -> str:
         """What a group asks for, in words."""
         each = f"{self.cpus:g} CPU{'s' * (self.cpus != 1)}" + (f" and {self.gpus:g} GPU{'s' * (self.gpus != 1)}" if self.gpus > 0 else "")
@@ -71,20 +57,39 @@ def nodes_of(ray: Any) -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def scaling(ray: Any, each: Resources, least: int, most: int) -> dict[str, Any]:
-    """The arguments of a ScalingConfig, when there is room for the least of a group.
+def choose_gpus(ray: Any, per_worker: Resources, least: int) -> Resources:
+    """With gpus=-1 decided: one each where the cluster has GPUs or its autoscaler may add some, else none, which is said.
+
+    Raises:
+        SettingsError: if there are GPUs and not enough of them, which is rarely meant.
+    """
+    if per_worker.gpus >= 0:
+        return per_worker
+    each = cluster.gpus_each(-1)
+    gpus = sum(node.get("GPU") or 0.0 for node in nodes_of(ray))
+    if each and gpus < least and per_worker.wait_s < 0 and not placement.autoscaling():
+        raise SettingsError(
+            f"{least} workers need {least} GPUs and this cluster has {gpus:g}",
+            "ask for fewer workers, or none on GPUs: --gpus-per-worker 0",
+        )
+    if not each and not placement.may_surprise():  # which gpus_each says
+        print("training on CPUs: this cluster has no GPU", file=sys.stderr, flush=True)
+    return replace(per_worker, gpus=each)
+
+
+def scaling(ray: Any, per_worker: Resources, least: int, most: int) -> dict[str, Any]:
+    """The arguments of a ScalingConfig, when there is room for the least of a group; `per_worker` has its GPUs chosen (`choose_gpus`).
 
     Raises:
         SettingsError: if the cluster is too small and is not said to grow.
         RaywardError: if there is no room after `wait_s` seconds.
     """
-    each = each.settled(nodes_of(ray), least)
-    await_room(ray, each, least)
+    await_room(ray, per_worker, least)
     elastic = {"num_workers": (least, most), "elastic_resize_monitor_interval_s": 30.0} if least < most else {"num_workers": most}
-    return {**elastic, "use_gpu": each.gpus > 0, "resources_per_worker": each.bundle}
+    return {**elastic, "use_gpu": per_worker.gpus > 0, "resources_per_worker": per_worker.bundle}
 
 
-def await_room(ray: Any, each: Resources, workers: int) -> None:
+def await_room(ray: Any, per_worker: Resources, workers: int) -> None:
     """Wait until so many workers can be placed; what was held for the trial is given back.
 
     Raises:
@@ -93,18 +98,20 @@ def await_room(ray: Any, each: Resources, workers: int) -> None:
     """
     from ray.util.placement_group import placement_group, remove_placement_group
 
-    has = each.places(nodes_of(ray))
-    if has < workers and each.wait_s < 0:
-        raise SettingsError(f"no room for {each.said(workers)}: {_there(ray)}", _way_out(has, workers))
-    limit, began = each.wait_s if each.wait_s >= 0 else BUSY_S, time.monotonic()
-    group = placement_group([each.bundle] * workers)  # an autoscaler sees it and adds nodes
+    has = per_worker.places(nodes_of(ray))
+    if has < workers and per_worker.wait_s < 0:
+        if not placement.autoscaling():
+            raise SettingsError(f"no room for {per_worker.said(workers)}: {_there(ray)}", _way_out(has, workers))
+        placement.check_fits(per_worker.bundle)
+    limit, began = per_worker.wait_s if per_worker.wait_s >= 0 else BUSY_S, time.monotonic()
+    group = placement_group([per_worker.bundle] * workers)  # an autoscaler sees it and adds nodes
     try:
         while not group.wait(max(1.0, min(SAY_S, limit - (time.monotonic() - began)))):
             waited = time.monotonic() - began
-            free = f"free are {_amounts(ray.available_resources())}; {_there(ray)}"
             if waited >= limit:
-                raise RaywardError(f"no room for {each.said(workers)} after {waited:.0f} s: {free}\n  -> {_way_out(has, workers)}")
-            print(f"waiting for room for {each.said(workers)} ({waited:.0f} s): {free}", file=sys.stderr, flush=True)
+                free = f"free are {_amounts(ray.available_resources())}; {_there(ray)}"
+                raise RaywardError(f"no room for {per_worker.said(workers)} after {waited:.0f} s: {free}\n  -> {_way_out(has, workers)}")
+            print(placement.situation("training", per_worker.bundle, workers, waited), file=sys.stderr, flush=True)
     finally:
         remove_placement_group(group)
 

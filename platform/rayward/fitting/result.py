@@ -16,7 +16,9 @@ from rayward.fitting.settings import FitSettings, Sides, labeled_by
 from rayward.objectives import Objective
 from rayward.places import Place
 from rayward.rendering import Groups
-from rayward.reward_model import Loaded, score_groups
+from rayward.reward_model import Loaded, forget_verbosity, score_groups
+
+ANSWERED = 4096  # most examples by whose answers verbosity is measured
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,13 @@ def load_kept(folder: Path, settings: FitSettings, loaded: Loaded) -> dict[str, 
     if path != best and (tensors := checkpoints.load_average(path)) is not None:
         loaded.model.classifier.load_state_dict(tensors, strict=False)
     return state if path == best else {"step": state["step"]}
+
+
+def without_verbosity(settings: FitSettings, loaded: Loaded, groups: Groups) -> None:
+    """Take off the attributes what they say of how long an answer is, by the answers that were held out where there are some."""
+    some = [groups[n] for n in range(min(len(groups), ANSWERED))]
+    much = forget_verbosity(loaded.model, some, settings.net.verbosity, settings.batch, settings.train.precision)
+    print(f"taken off, times {settings.net.verbosity}: " + ", ".join(f"{name} {share:.4g}" for name, share in much.items()))
 
 
 def temperature(loaded: Loaded, held: Groups, objective: Objective, settings: FitSettings) -> float:

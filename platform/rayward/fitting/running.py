@@ -10,15 +10,15 @@ from typing import Any
 import torch
 
 from rayward import checkpoints
-from rayward.away import Away
-from rayward.fitting.home import pull_run
+from rayward.fitting.memory import measured
 from rayward.fitting.settings import FitSettings
+from rayward.fitting.working_copy import pull_run
+from rayward.mirror import Mirror
 from rayward.progress import Progress
 from rayward.rendering import Groups
 from rayward.training import Report, Run, Team, over, train
 
 STOP = "stop"  # in OUTPUT/run: workers that see it keep a checkpoint and end
-FAILED = "failed.txt"  # in OUTPUT/run: an error that would come again; workers that see it do not begin
 SMALL = 2_000_000  # parameters below which one thread is the safer choice (docs/log.md)
 
 
@@ -27,7 +27,7 @@ class Work:
     """A fit whose examples and model are ready."""
 
     folder: Path  # OUTPUT, or this node's copy of it
-    away: Away | None  # OUTPUT where it is a URL
+    mirror: Mirror | None  # OUTPUT where it is a URL
     settings: FitSettings
 
     def run(self, model: Any = None, team: Team | None = None) -> Run:
@@ -40,7 +40,7 @@ class Work:
             train=self.settings.train,
             batch=self.settings.batch,
             folder=self.folder / "run",
-            away=self.away / "run" if self.away is not None else None,
+            mirror=self.mirror / "run" if self.mirror is not None else None,
             team=team or Team(),
         )
 
@@ -53,11 +53,11 @@ def held_groups(folder: Path) -> Groups | None:
 
 def newest(run: Run) -> dict[str, Any]:
     """The state of the last checkpoint; step 0 where there is none."""
-    if run.away is None:
+    if run.mirror is None:
         kept = checkpoints.steps(run.folder)
         return checkpoints.read_state(kept[-1]) if kept else {"step": 0}
-    names = [name for name in run.away.whole() if name.startswith("step-")]
-    return checkpoints.read_state(run.away.there / names[-1]) if names else {"step": 0}
+    names = [name for name in run.mirror.whole() if name.startswith("step-")]
+    return checkpoints.read_state(run.mirror.there / names[-1]) if names else {"step": 0}
 
 
 def ended(run: Run) -> bool:
@@ -70,15 +70,15 @@ def ended(run: Run) -> bool:
 
 def train_here(work: Work, model: Any, report: Report) -> None:
     """Train in this process, from the last checkpoint if there is one."""
-    if work.away is not None:
-        pull_run(work.away / "run")
+    if work.mirror is not None:
+        pull_run(work.mirror / "run")
     run = work.run(model)
     begun = newest(run)["step"]
-    sending = run.away.following("metrics.jsonl", STOP) if run.away is not None else nullcontext()
+    sending = run.mirror.following("metrics.jsonl", STOP) if run.mirror is not None else nullcontext()
     with Progress("train", total=run.total, unit="steps", start=begun) as bar, sending:
         if 0 < begun < run.total:
             print(f"going on from step {begun} of {run.total}")
-        train(replace(run, report=telling(bar, report)))
+        train(replace(measured(run), report=telling(bar, report)))
 
 
 def telling(bar: Progress, report: Report) -> Report:

@@ -18,7 +18,7 @@ from rayward.objectives import Objective, make_objective
 from rayward.rendering import RenderSettings
 from rayward.reward_model import ModelSettings
 from rayward.splits import Shares, side
-from rayward.storage import Dataset, open_dataset
+from rayward.storage import PUBLISHING, Dataset, open_dataset
 from rayward.training import TrainSettings
 
 
@@ -46,6 +46,11 @@ class FitSettings:
         adapters.check(self.lora)
         if self.lora.bits == 4 and self.train.shard:
             raise SettingsError("a body in 4 bits (lora.bits=4) cannot be spread (train.shard=true)", "leave one of them out")
+        if not self.batch.micro_tokens and self.train.shard:
+            raise SettingsError(
+                "batch.micro_tokens=0 tries what fits, and one worker that has no room would leave the others of train.shard=true waiting",
+                "give a number of tokens",
+            )
 
     @classmethod
     def of(cls, settings: Any, **others: Any) -> FitSettings:
@@ -101,6 +106,8 @@ def open_sides(examples: str, validation_share: float) -> Sides:
     """The sides of a folder of examples, or of a split, here or at a URL."""
     folder = places.at(examples)
     with places.telling(folder):
+        if places.is_remote(folder) and (folder / PUBLISHING).exists():  # one side may be there already, and another not yet
+            return Sides(open_dataset(folder, "examples"), None, validation_share)
         if not (folder / "train" / "manifest.json").is_file():
             return Sides(open_dataset(folder, "examples"), None, validation_share)
         held = (folder / "validation" / "manifest.json").is_file() or (folder / "validation").is_dir()

@@ -12,18 +12,20 @@ import pyarrow.parquet as pq
 import torch
 
 from rayward import adapters, checkpoints, places
-from rayward.away import Away
 from rayward.config import as_dict, flatten
 from rayward.errors import SettingsError
-from rayward.fitting.home import PREPARED, TRACKING, push
 from rayward.fitting.settings import FitSettings, Sides
+from rayward.fitting.working_copy import PREPARED, SETTINGS, TRACKED, TRACKING, push
 from rayward.heads import Reading
 from rayward.labels import LABELERS
+from rayward.mirror import Mirror
 from rayward.objectives import Objective
 from rayward.records import examples_of, rejects_table
 from rayward.rendering import Groups, Renderer, write_groups
 from rayward.reward_model import Loaded, ModelSettings, load_model, register_tag, save_model, tiny_model
+from rayward.storage import write_table
 from rayward.training import freeze
+from rayward.vocabulary import TIED
 
 
 def objective_name(name: str, sides: Sides) -> str:
@@ -47,7 +49,19 @@ def check(settings: FitSettings, sides: Sides, loaded: Loaded, groups: Groups, h
     """SettingsError for what does not go together: objective, head, targets, body."""
     objective = settings.made_objective()
     _check_head(settings.objective, objective, loaded.model.reading)
+    loaded.model.check_terms(objective.body_terms)
+    if settings.train.shard and loaded.model.reading.output_layer == TIED:
+        raise SettingsError(
+            "train.shard=true spreads the embeddings over workers, and this model reads them as its output layer, of which it needs all",
+            "leave train.shard out, or net.language; instead of head=verdict: head=two_class with head_tokens",
+        )
+    _check_overall(loaded.model.reading, groups)
     _check_targets(settings.objective, objective, groups)
+    if objective.ends and settings.render.judge:
+        raise SettingsError(
+            f"objective={settings.objective} reads every token of an answer, and render.judge puts a question behind it",
+            "leave one of them out",
+        )
     if sides.labeler in ("outcomes", "steps") and settings.objective == "squared_error":
         raise SettingsError(
             f"objective=squared_error would learn the chances of {sides.labeler} themselves, and scores of them are read as logits",
@@ -69,12 +83,25 @@ def _check_head(name: str, objective: Objective, reading: Reading) -> None:
         )
 
 
+def _check_overall(reading: Reading, groups: Groups) -> None:
+    if reading.learns_overall and all((c := groups[n].column_K) is not None and (c >= 0).all() for n in range(len(groups))):
+        raise SettingsError(
+            f"net.overall={reading.overall} learns what attributes come to, and all of these targets are about attributes themselves",
+            "train the attributes first (net.overall=mean), then give comparisons or an overall rating",
+        )
+
+
 def _check_targets(name: str, objective: Objective, groups: Groups) -> None:
     low, high = groups.target_range()
     if objective.unit and (low < 0 or high > 1):
         raise SettingsError(
             f"objective={name} needs targets between 0 and 1; these lie between {low:g} and {high:g}",
             "use bradley_terry or plackett_luce for rewards, or label outcomes, steps or votes",
+        )
+    if objective.ends and groups.has_steps():
+        raise SettingsError(
+            f"objective={name} gives an answer's target to all of its tokens, and these answers have a target for every step",
+            "use bradley_terry or binary_cross_entropy, or label whole answers",
         )
     if objective.steps and not groups.has_steps():
         raise SettingsError(f"objective={name} compares the steps of an answer, and no answer has steps", "label steps, or name another")
@@ -85,17 +112,17 @@ def _check_targets(name: str, objective: Objective, groups: Groups) -> None:
         )
 
 
-def claim(folder: Path, away: Away | None, settings: FitSettings, sides: Sides) -> None:
+def claim(folder: Path, mirror: Mirror | None, settings: FitSettings, sides: Sides) -> None:
     """Say whose OUTPUT this is; another run's checkpoints are never continued by accident."""
     mine = {**as_dict(settings), "data_digest": sides.dataset.manifest.digest}
-    path, named = folder / "settings.json", folder if away is None else away.there
+    path, named = folder / SETTINGS, folder if mirror is None else mirror.there
     if path.exists():
         theirs = json.loads(path.read_text(encoding="utf-8"))
-        if theirs != mine and not _stepped(folder, away):  # it never took a step: nothing is lost
-            for made in ("start", "groups", "run", "model", TRACKING, PREPARED):
+        if theirs != mine and not _stepped(folder, mirror):  # it never took a step: nothing is lost
+            for made in (PREPARED, "start", "groups", "run", "model", TRACKING):
                 places.remove(folder / made)
-                if away is not None:
-                    away.remove(made)
+                if mirror is not None:
+                    mirror.remove(made)
         elif theirs != mine:
             before, now = flatten(theirs), flatten(mine)
             changed = [f"{n}: {before.get(n)} -> {now.get(n)}" for n in sorted(before.keys() | now.keys()) if before.get(n) != now.get(n)]
@@ -103,38 +130,40 @@ def claim(folder: Path, away: Away | None, settings: FitSettings, sides: Sides) 
                 f"{named} holds a run with other settings ({'; '.join(changed[:4])}{'; ...' if len(changed) > 4 else ''})",
                 "choose another --output, or remove that folder",
             )
-    elif _names(folder, away) - {TRACKING}:
+    elif any(not name.startswith(TRACKED) for name in _names(folder, mirror)):
         raise SettingsError(f"{named} is not empty and holds no run of this job", "choose another --output")
-    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(f"{places.ASIDE}*"):  # half written when a process was killed
+        places.remove(left)
     places.write(path, json.dumps(mine, indent=2, sort_keys=True) + "\n")
-    if away is not None:
-        away.send(path.name)
+    if mirror is not None:
+        mirror.send(path.name)
 
 
-def _names(folder: Path, away: Away | None) -> set[str]:
+def _names(folder: Path, mirror: Mirror | None) -> set[str]:
     """What OUTPUT holds, but for what a write that was cut off left."""
-    if away is not None:
-        return away.names()
+    if mirror is not None:
+        return mirror.names()
     return {path.name for path in folder.iterdir() if not path.name.startswith(".")} if folder.is_dir() else set()
 
 
-def _stepped(folder: Path, away: Away | None) -> bool:
+def _stepped(folder: Path, mirror: Mirror | None) -> bool:
     """Whether a run has left a checkpoint to go on from."""
-    return bool(checkpoints.steps(folder / "run") if away is None else [n for n in (away / "run").whole() if n.startswith("step-")])
+    return bool(checkpoints.steps(folder / "run") if mirror is None else [n for n in (mirror / "run").whole() if n.startswith("step-")])
 
 
-def make_ready(folder: Path, away: Away | None, settings: FitSettings, sides: Sides) -> Loaded:
+def make_ready(folder: Path, mirror: Mirror | None, settings: FitSettings, sides: Sides) -> Loaded:
     """The model to start from and the examples in tokens, once; a run that goes on finds them there."""
     start, ready = folder / "start", folder / "groups" / "rejects.parquet"
     if not start.is_dir() and not (folder / PREPARED).is_file():
         fresh = _fresh(settings, sides)
         tagged = bool(settings.render.step_tag) and register_tag(fresh, settings.render.step_tag)
-        if settings.model == "tiny" or settings.net.new_head or tagged or (away is not None and Path(settings.model).is_dir()):
+        fresh_part = settings.net.new_head or settings.net.overall in ("linear", "gate")
+        if settings.model == "tiny" or fresh_part or tagged or (mirror is not None and Path(settings.model).is_dir()):
             save_whole(fresh, start)
     loaded = load_start(folder, settings)
     if not loaded.model.shares_prefix:
         print("this model cannot share a prompt among its answers: every answer is a sequence of its own, with the prompt in front")
-    if away is not None and not (folder / PREPARED).is_file():
+    if mirror is not None and not (folder / PREPARED).is_file():
         shutil.rmtree(folder / "groups", ignore_errors=True)
     if not ready.is_file():
         shutil.rmtree(folder / "groups", ignore_errors=True)
@@ -142,10 +171,9 @@ def make_ready(folder: Path, away: Away | None, settings: FitSettings, sides: Si
         rejects = write_groups(folder / "groups" / "train", sides.tables("train"), renderer)
         if any(table.num_rows for table in sides.tables("validation")):
             rejects += write_groups(folder / "groups" / "validation", sides.tables("validation"), renderer, "validation example")
-        pq.write_table(rejects_table(rejects), ready.with_suffix(".partial"))
-        ready.with_suffix(".partial").rename(ready)
-        if away is not None:
-            push(away)
+        write_table(rejects_table(rejects), ready)
+        if mirror is not None:
+            push(mirror)
     reasons = Counter(r.partition(":")[0] for r in pq.read_table(ready)["reason"].to_pylist())
     if reasons:
         said = ", ".join(f"{reason} {n:,}" for reason, n in reasons.most_common())

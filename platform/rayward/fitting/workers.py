@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,11 +23,13 @@ import torch
 from rayward import cluster, places
 from rayward.config import as_dict, resolve
 from rayward.errors import Interrupted, RaywardError
-from rayward.fitting.home import home, pull, pull_run
-from rayward.fitting.placement import Resources, scaling
-from rayward.fitting.running import FAILED, STOP, Work, ended, newest, set_threads, telling
+from rayward.fitting.memory import measured
+from rayward.fitting.placement import Resources, choose_gpus, scaling
+from rayward.fitting.running import STOP, Work, ended, newest, set_threads, telling
 from rayward.fitting.settings import FitSettings
 from rayward.fitting.starting import for_training, load_start
+from rayward.fitting.working_copy import pull, pull_run, working_copy
+from rayward.mirror import patiently
 from rayward.progress import Progress
 from rayward.reward_model import is_bf16
 from rayward.sharding import meet, shard
@@ -35,7 +39,7 @@ RETRIES = 3  # times a group of workers is started again without a new checkpoin
 PLACED_S = 20.0  # seconds that Ray waits for the places of a group before it looks again at which nodes there are; its own default is 60
 
 
-def train_on_workers(work: Work, output: str, workers: tuple[int, int], each: Resources, report: Report) -> None:
+def train_on_workers(work: Work, output: str, workers: tuple[int, int], per_worker: Resources, report: Report) -> None:
     """Run groups of workers until the training has ended; `workers` are the fewest and the most.
 
     A group that loses a worker is started again, and given up when it failed more than RETRIES times without a new checkpoint, or with an
@@ -49,40 +53,44 @@ def train_on_workers(work: Work, output: str, workers: tuple[int, int], each: Re
     if ended(run):
         return
     _forget(run)
+    word = f"rayward-failed-{secrets.token_hex(8)}"
     with cluster.connect() as ray:
-        scaled = scaling(ray, each, *workers)
+        from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get
+
+        per_worker = choose_gpus(ray, per_worker, workers[0])  # once: a run that began on GPUs does not go on without
+        scaled = scaling(ray, per_worker, *workers)
         with Progress("train", total=run.total, unit="steps", start=newest(run)["step"]) as bar, _following(run, telling(bar, report)):
             while not ended(run):
                 before = newest(run)["step"]
-                error = _fit_once(work, output, scaled, each)
-                if (told := _word(run, FAILED)) is not None:
-                    raise RaywardError(told)
-                if _word(run, STOP) is not None and not ended(run):
+                error = _fit_once(work, output, scaled, per_worker, word)
+                if (told := _internal_kv_get(word)) is not None:
+                    _internal_kv_del(word)
+                    raise RaywardError(told.decode())
+                if _asked(run) and not ended(run):
                     raise stopped(run.place, newest(run)["step"], run.total)
                 if error is not None and _unplaced(error):
-                    scaled = scaling(ray, each, *workers)  # says what is waited for, and for how long
+                    scaled = scaling(ray, per_worker, *workers)  # says what is waited for, and for how long
                 elif error is not None and newest(run)["step"] == before:
                     raise RaywardError(f"training failed on the workers: {_innermost(error)}") from error
         _forget(run)
         shutil.rmtree(work.folder / "ray", ignore_errors=True)
 
 
-def _word(run: Run, name: str) -> str | None:
-    """What STOP or FAILED says, if it is there."""
-    if run.away is not None:
-        content = run.away.read(name)
-        return None if content is None else content.decode()
-    return (run.folder / name).read_text(encoding="utf-8") if (run.folder / name).exists() else None
+def _asked(run: Run) -> bool:
+    """Whether the user asked the workers to stop."""
+    return (run.folder / STOP).exists() if run.mirror is None else run.mirror.read(STOP) is not None
 
 
 def _forget(run: Run) -> None:
-    """No word of an earlier group is left."""
-    for name in (STOP, FAILED):
-        places.remove(run.place / name)
+    """No word to an earlier group is left."""
+    patiently(partial(places.remove, run.place / STOP), run.place)
 
 
-def _fit_once(work: Work, output: str, scaled: Mapping[str, Any], each: Resources) -> Exception | None:
+def _fit_once(work: Work, output: str, scaled: Mapping[str, Any], per_worker: Resources, word: str) -> Exception | None:
     """Run a group of workers until it ends; what it failed with.
+
+    An error of ours, which would come again, the workers leave in the cluster's memory under the key `word` (a disk may be full); workers
+    that see it there do not begin.
 
     It runs in a thread: in the main one Ray answers to Ctrl-C by leaving the process as if all were well. Here the first Ctrl-C asks the
     workers to keep a checkpoint and end, and the second one does not wait for them.
@@ -93,7 +101,13 @@ def _fit_once(work: Work, output: str, scaled: Mapping[str, Any], each: Resource
 
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"output": output, "settings": as_dict(work.settings), "each": asdict(each), "env": places.carried()},
+        train_loop_config={
+            "output": output,
+            "settings": as_dict(work.settings),
+            "per_worker": asdict(per_worker),
+            "env": places.carried(),
+            "word": word,
+        },
         scaling_config=ScalingConfig(**scaled),
         run_config=RunConfig(
             name=f"fit-{time.time_ns()}",  # Ray resumes a name it has seen; ours is the only way to resume
@@ -116,7 +130,8 @@ def _fit_once(work: Work, output: str, scaled: Mapping[str, Any], each: Resource
         while thread.is_alive():
             thread.join(0.2)
             if stop.is_set() and thread.is_alive() and not asked:
-                places.write(work.run().place / STOP, "asked to stop\n")
+                place = work.run().place / STOP
+                patiently(partial(places.write, place, "asked to stop\n"), place)
                 asked = True
     return failed[0] if failed else None
 
@@ -136,42 +151,38 @@ def _worker(config: dict[str, Any]) -> None:
     """What every Ray Train worker does."""
     import ray.train
     import ray.train.torch
+    from ray.experimental.internal_kv import _internal_kv_exists, _internal_kv_put
 
     for name, value in config["env"].items():
         os.environ.setdefault(name, value)
-    settings, each = resolve(FitSettings, config["settings"]), Resources(**config["each"])
-    work = Work(*home(config["output"]), settings)
+    settings, per_worker = resolve(FitSettings, config["settings"]), Resources(**config["per_worker"])
+    work = Work(*working_copy(config["output"]), settings)
     device = ray.train.torch.get_device()
-    if _seen(work, FAILED):
+    if _internal_kv_exists(config["word"]):
         return
     _fetched(work, device)
     loaded = for_training(load_start(work.folder, settings), settings)
-    cores = int(each.cpus) if each.cpus > 1 else cluster.cores() // ray.train.get_context().get_local_world_size()
+    cores = int(per_worker.cpus) if per_worker.cpus > 1 else cluster.cores() // ray.train.get_context().get_local_world_size()
     set_threads(loaded.model, cores)
     if settings.train.shard:  # from the host's memory, layer by layer
         shard(loaded.model.classifier.base_model, device, bf16=is_bf16(device, settings.train.precision))
     run = work.run(loaded.model.to(device), Team.here(settings.train.shard))
     try:
         with _asked_to_stop(run) as asked:
-            train(replace(run, asked_to_stop=asked))
+            train(replace(measured(run), asked_to_stop=asked))
     except Interrupted:
         return  # the process that started the group tells the user
     except RaywardError as error:  # another try would end alike
-        places.write(run.place / FAILED, str(error))
+        _internal_kv_put(config["word"], str(error).encode())
         raise
-
-
-def _seen(work: Work, name: str) -> bool:
-    place = work.folder if work.away is None else work.away.there
-    return (place / "run" / name).exists()
 
 
 def _fetched(work: Work, device: torch.device) -> None:
     """Let this node have what the group begins with: all workers go on from the checkpoint that the first of them finds newest."""
-    if work.away is None:
+    if work.mirror is None:
         return
-    pull(work.away)
-    run = work.away / "run"
+    pull(work.mirror)
+    run = work.mirror / "run"
     steps = [name for name in run.whole() if name.startswith("step-")]
     newest_step = torch.tensor([int(steps[-1].removeprefix("step-")) if steps else -1], device=device)
     torch.distributed.broadcast(newest_step, 0)
@@ -183,12 +194,12 @@ def _fetched(work: Work, device: torch.device) -> None:
 @contextmanager
 def _asked_to_stop(run: Run) -> Iterator[Callable[[], bool]]:
     """What tells a worker that the user asked to stop; at a URL the first one looks, and tells the others."""
-    if run.away is None:
+    if run.mirror is None:
         yield (run.folder / STOP).exists
     elif run.team.rank:
         yield lambda: False
     else:
-        with run.away.following("metrics.jsonl", STOP) as asked:
+        with run.mirror.following("metrics.jsonl", STOP) as asked:
             yield asked
 
 
@@ -211,7 +222,7 @@ def _following(run: Run, tell: Report) -> Iterator[None]:
                 tell(json.loads(line))
 
     def follow() -> None:
-        while not stop.wait(1.0 if run.away is None else 3.0):
+        while not stop.wait(1.0 if run.mirror is None else 3.0):
             look()
 
     seen.update(read())

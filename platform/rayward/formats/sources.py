@@ -216,6 +216,8 @@ def _files_at(source: str) -> list[tuple[str, str]]:
     urls = []
     for file in found:
         name = file.path.removeprefix(path).lstrip("/")
+        if place is not None and set(name) & set("?#*[]"):
+            raise DataError(f"{public(source)} holds {name!r}: one of ? # * [ ] in a name is read as something else", "rename it")
         url = f"{base.rstrip('/')}/{name if place is not None else urllib.parse.quote(name)}" if name else base
         urls.append((name or file.base_name, url + ("?" + query if query else "")))
     return urls

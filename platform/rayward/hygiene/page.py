@@ -25,7 +25,8 @@ def check_output(output: str) -> Place:
     """The folder for the findings: one that is not there yet, is empty, or holds findings that may be replaced; else a DataError."""
     folder = at(output)
     with telling(folder):
-        taken = folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / "findings.json").is_file())
+        held = {path.name for path in folder.iterdir() if not path.name.startswith(places.ASIDE)} if folder.is_dir() else set()
+        taken = folder.is_file() or (held and "findings.json" not in held)
     if taken:
         raise DataError(f"{folder} already holds something else", "choose another --output")
     return folder

@@ -7,11 +7,12 @@
 
 Masked places change nothing and get no gradient, whatever stands in them. A loss that needs more names it as an argument: `count_GK`
 (verdicts behind a target), `length_GK` (tokens of the answer), `column_GK` (which output a target is about), `answer_GK` (which answer a
-place is in), `output_GKC` (all outputs of the head). Its other arguments are settings: --objective-settings '{"by_count": 8}'.
-Where targets are about attributes, comparisons are made inside an attribute only.
+place is in), `output_GKC` (all outputs of the head), `every_GKT` and `token_GKT` (tokens.py). Its other arguments
+are settings: --objective-settings '{"by_count": 8}'. Where targets are about attributes, comparisons are made inside an attribute only.
 
     comparisons.py   over pairs of places        pointwise.py      every place by itself
-    rankings.py      over the whole order        regularisers.py   terms that add to any: --regularise '{"centre": 0.01}'
+    rankings.py      over the whole order        tokens.py         at every token of an answer
+    regularisers.py  terms that add to any: --regularise '{"centre": 0.01}'
 
 To add an objective: write the function and enter it into OBJECTIVES; or name your own with --objective my_module:my_loss. All of them,
 with their settings and other names: docs/objectives.md (`python -m rayward.objectives.docs` writes it again).
@@ -47,10 +48,11 @@ from rayward.objectives.comparisons import adjacent, bradley_terry, debiased, fo
 from rayward.objectives.pointwise import binary_cross_entropy, next_token, squared_error, three_class
 from rayward.objectives.rankings import lambdarank, listnet, pick_best, plackett_luce, q_ranking
 from rayward.objectives.regularisers import REGULARISERS
-from rayward.terms import TERMS
+from rayward.objectives.tokens import token_cross_entropy, token_wise
+from rayward.terms import EVERY, TERMS
 
 Loss = Callable[..., Tensor]  # (score_GK, target_GK, mask_GK, what else it names) -> loss_G
-GIVEN = ("count_GK", "length_GK", "column_GK", "answer_GK", "output_GKC")  # what a loss may name besides
+GIVEN = ("count_GK", "length_GK", "column_GK", "answer_GK", "output_GKC", "every_GKT", "token_GKT")  # what a loss may name besides
 
 
 @dataclass(frozen=True)
@@ -64,20 +66,22 @@ class Objective:
     compares: bool = True  # it learns from places of one example that have different targets
     head: str = ""  # the kind of head that it needs (heads.KINDS); empty: any
     steps: bool = False  # the places of an answer are steps that follow one another
+    ends: bool = False  # an answer has one target, at its end
     whole: bool = False  # an example's loss depends on the examples of its micro-batch
     terms: Mapping[str, float] = field(default_factory=dict)  # regularisers and their weights
 
     @property
     def body_terms(self) -> tuple[str, ...]:
-        """The regularisers that are made of what the body says (terms.TERMS)."""
-        return tuple(name for name in self.terms if name in TERMS)
+        """What is made of what the body says: regularisers (terms.TERMS), and the scores at every token, if the loss is about them."""
+        every = (EVERY,) if "every_GKT" in inspect.signature(self.loss).parameters else ()
+        return (*(name for name in self.terms if name in TERMS), *every)
 
     def of(
         self, batch: Batch, score_GK: Tensor, output_GKC: Tensor, attributes: int = 0, terms: Mapping[str, Tensor] = MappingProxyType({})
     ) -> Tensor:
         """loss_G of what a model said of a batch; `attributes` are how many of the outputs have names, `terms` what the body said."""
         named = inspect.signature(self.loss).parameters
-        given = {name: _given(name, batch, output_GKC) for name in GIVEN if name in named}
+        given = {name: _given(name, batch, output_GKC, terms) for name in GIVEN if name in named}
         if self.compares and attributes > 1:
             loss_G = self._by_column(batch, score_GK, given, attributes)
         else:
@@ -102,9 +106,14 @@ class Objective:
         return total_G / count_G.clamp(min=1)
 
 
-def _given(name: str, batch: Batch, output_GKC: Tensor) -> Tensor:
+def _given(name: str, batch: Batch, output_GKC: Tensor, terms: Mapping[str, Tensor]) -> Tensor:
     if name == "output_GKC":
         return output_GKC
+    if name == "every_GKT":
+        return terms[EVERY]
+    if name == "token_GKT":
+        index_GKT = batch.answer_GKT()
+        return torch.where(index_GKT >= 0, batch.token_BT.flatten()[index_GKT.clamp(min=0)], -1)
     if name == "answer_GK":  # an answer is a segment of a row, or a row of its own
         row_GK = batch.place_GK // batch.segment_BT.shape[1]
         return row_GK * ANSWERS**2 + batch.segment_BT.flatten()[batch.place_GK]
@@ -132,6 +141,8 @@ OBJECTIVES: dict[str, Objective] = {
     "binary_cross_entropy": Objective(binary_cross_entropy, _BY_SIGN, probabilities=True, unit=True, compares=False),
     "three_class": Objective(three_class, _BY_SIGN, probabilities=True, unit=True, compares=False, head="three_class"),
     "next_token": Objective(next_token, _BY_SIGN, probabilities=True, unit=True, compares=False, head="verdict"),
+    "token_wise": Objective(token_wise, _BY_ORDER, ends=True),
+    "token_cross_entropy": Objective(token_cross_entropy, _BY_SIGN, probabilities=True, unit=True, compares=False, ends=True),
     "squared_error": Objective(squared_error, _BY_ORDER, compares=False),
 }
 

@@ -7,11 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rayward.objectives import OBJECTIVES, Objective, comparisons, pointwise, rankings, settings_of
+from rayward.objectives import OBJECTIVES, Objective, comparisons, pointwise, rankings, settings_of, tokens
 from rayward.objectives.regularisers import REGULARISERS
 from rayward.terms import TERMS
 
-_FAMILIES = {"Comparisons of two places": comparisons, "The whole order": rankings, "Every place by itself": pointwise}
+_FAMILIES = {
+    "Comparisons of two places": comparisons,
+    "The whole order": rankings,
+    "Every place by itself": pointwise,
+    "Every token of an answer": tokens,
+}
 
 # What the literature calls otherwise: name -> (objective, settings, what to know)
 ALSO: dict[str, tuple[str, str, str]] = {
@@ -41,6 +46,8 @@ ALSO: dict[str, tuple[str, str, str]] = {
         "{}",
         "`--regularise '{\"language\": 0.5}'` with `net.language=true` (Cobbe et al. 2021)",
     ),
+    "DeepSpeed-Chat": ("token_wise", "{}", "an answer that has ended keeps its last score"),
+    "verifier with a score at every token": ("token_cross_entropy", "{}", "on outcomes (Cobbe et al. 2021)"),
     "multi-attribute regression": ("squared_error", "{}", "with `head=attributes`; ratings that nobody gave are masked"),
 }
 
@@ -107,6 +114,7 @@ def _needs(entry: Objective) -> str:
         "two different targets in some example": entry.compares,
         "targets in [0, 1]": entry.unit,
         "steps": entry.steps,
+        "one target per answer; a decoder": entry.ends,
         f"`head={entry.head}`": bool(entry.head),
         "room for a whole step in a micro-batch": entry.whole,
     }

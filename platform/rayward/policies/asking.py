@@ -8,7 +8,7 @@ A line is written when its answer comes in, whole or not at all for whoever read
 is a hash of who judges, with the settings that change what it says, of what it reads, word for word, and of the seed of the sample. So
 other answers, another order, rubric, model or temperature are other questions, and another output that asks the same ones may share the
 log. Failed requests are not kept: they are asked again. A part of a dataset has the hashes that no other part has, so its worker alone
-writes to its files. At a URL a log is objects of lines instead (`shipping`).
+writes to its files. At a URL a log is objects of lines instead (`remote_log`).
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rayward.errors import SettingsError
-from rayward.places import Place, telling
+from rayward.places import Place, naming, telling
 from rayward.policies import Completion, Policy, Request, stream
-from rayward.policies.shipping import LOOK_S, Shipper
+from rayward.policies.remote_log import LOOK_S, RemoteLog
 from rayward.progress import Progress
 from rayward.records import Prompt
 from rayward.toy_world import seed_of
@@ -81,8 +81,8 @@ class VerdictLog:
     def __init__(self, folder: Place, hold: int = 1):
         self.folder, self.hold = folder, hold
         self._leaves: dict[str, dict[str, Reply]] = {}
-        self._shipper = None if isinstance(folder, Path) else Shipper(folder)
-        self._here = folder if self._shipper is None else self._shipper.here
+        self._remote = None if isinstance(folder, Path) else RemoteLog(folder)
+        self._here = folder if self._remote is None else self._remote.here
         self._brought: set[str] = set()  # leaves that were looked for in the store
 
     def find(self, prompt_id: str, key: str) -> Reply | None:
@@ -101,17 +101,17 @@ class VerdictLog:
 
     def flush(self) -> None:
         """Have all that was said where it is kept."""
-        if self._shipper is not None:
+        if self._remote is not None:
             with telling(self.folder):
-                self._shipper.flush()
+                self._remote.flush()
 
     def _bring(self, leaf: str) -> None:
         """What others have sent, laid into the files here, when a leaf is looked at for the first time."""
-        if self._shipper is None or leaf in self._brought:
+        if self._remote is None or leaf in self._brought:
             return
         self._brought.add(leaf)
         with telling(self.folder):
-            for line in self._shipper.lines(leaf):
+            for line in self._remote.lines(leaf):
                 with contextlib.suppress(ValueError, LookupError, TypeError):
                     of = str(json.loads(line)["prompt_id"])[:2]
                     self._append(of, line)
@@ -134,23 +134,23 @@ class VerdictLog:
         row = {"key": key, **about, **{name: getattr(reply, name) for name in Reply._fields[:4]}}
         line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
         self._append(prompt_id[:2], line)
-        if self._shipper is not None:
-            self._shipper.put(prompt_id[:2], line)
+        if self._remote is not None:
+            self._remote.put(prompt_id[:2], line)
         if prompt_id[:2] in self._leaves:
             self._leaves[prompt_id[:2]][key] = reply
 
     def _append(self, leaf: str, line: bytes) -> None:
-        with open(self._path(leaf), "a+b") as file:
+        with naming(self._path(leaf)), open(self._path(leaf), "a+b") as file:
             end = file.seek(0, os.SEEK_END)
             torn = end > 0 and (file.seek(end - 1), file.read(1))[1] != b"\n"
             file.write(b"\n" * torn + line)
 
     def spend(self, more: Spent, budget: Budget | None = None) -> bool:
         """Add to what was spent; with a budget, only if that allows it, and say so."""
-        if self._shipper is not None:
-            if budget is not None and any(vars(budget).values()) and not _allows(budget, Spent(*self._shipper.spent(LOOK_S))):
+        if self._remote is not None:
+            if budget is not None and any(vars(budget).values()) and not _allows(budget, Spent(*self._remote.spent(LOOK_S))):
                 return False
-            self._shipper.spend(*more)
+            self._remote.spend(*more)
             return True
         self._here.mkdir(parents=True, exist_ok=True)
         file = os.open(self._here / "spent.json", os.O_RDWR | os.O_CREAT, 0o644)
@@ -161,16 +161,17 @@ class VerdictLog:
             if budget is not None and not _allows(budget, so_far):
                 return False
             total = Spent(so_far.requests + more.requests, so_far.tokens + more.tokens)
-            os.pwrite(file, f"{json.dumps(total._asdict()):<99}\n".encode(), 0)  # of one length: never half of an old one
+            with naming(self._here):
+                os.pwrite(file, f"{json.dumps(total._asdict()):<99}\n".encode(), 0)  # of one length: never half of an old one
             return True
         finally:
             os.close(file)
 
     def spent(self) -> Spent:
         """What all runs spent so far."""
-        if self._shipper is not None:
+        if self._remote is not None:
             with telling(self.folder):
-                return Spent(*self._shipper.spent())
+                return Spent(*self._remote.spent())
         path = self._here / "spent.json"
         return _spent(path.read_bytes()) if path.is_file() else Spent()
 

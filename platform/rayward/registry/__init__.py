@@ -20,7 +20,19 @@ from rayward.registry.backend import address, tracking_uri, unreachable
 from rayward.registry.backend import client as _client
 from rayward.registry.page import ui
 from rayward.registry.runs import Ran, RunLog, run, run_of_submission
-from rayward.registry.versions import CHAMPION, check_name, find, identity, model_folder, models, promote, register, rollback, tag
+from rayward.registry.versions import (
+    CHAMPION,
+    check_name,
+    find,
+    identity,
+    model_address,
+    model_folder,
+    models,
+    promote,
+    register,
+    rollback,
+    tag,
+)
 
 __all__ = [
     "CHAMPION",
@@ -31,6 +43,7 @@ __all__ = [
     "check_name",
     "find",
     "identity",
+    "model_address",
     "model_folder",
     "models",
     "promote",

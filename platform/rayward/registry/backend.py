@@ -70,6 +70,12 @@ def is_server(uri: str) -> bool:
     return uri.startswith(("http://", "https://"))
 
 
+def is_there() -> bool:
+    """Whether there may be anything to look at: a question must not make a SQLite file."""
+    uri = tracking_uri()
+    return not uri.startswith("sqlite:///") or Path(uri.removeprefix("sqlite:///")).exists()
+
+
 def _move_credentials() -> None:
     """Take user and password out of the address of a server: MLflow has variables for them, and repeats addresses."""
     parts = urlsplit(os.environ.get("MLFLOW_TRACKING_URI") or "")
@@ -77,7 +83,7 @@ def _move_credentials() -> None:
         who, _, host = parts.netloc.rpartition("@")
         user, _, password = who.partition(":")
         given = {"USERNAME": unquote(user), "PASSWORD": unquote(password), "URI": urlunsplit(parts._replace(netloc=host))}
-        os.environ.update({f"MLFLOW_TRACKING_{name}": value for name, value in given.items()})
+        os.environ.update({f"MLFLOW_TRACKING_{name}": value for name, value in given.items() if value})  # a user alone: as it was set
 
 
 def artifacts() -> str | None:
@@ -103,6 +109,7 @@ def mlflow() -> Any:
 
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # prints the stack of every error that it also raises
     if tracking_uri().startswith("sqlite:///"):
         Path(tracking_uri().removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     given = os.environ.get("MLFLOW_TRACKING_URI")

@@ -168,4 +168,10 @@ def _rewrite(file: Path, records: Sequence[Record]) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return public((str(error) or type(error).__name__).splitlines()[0])[:300]
+    """What is the matter; of a database its own words, which SQLAlchemy says after a hint to programmers.
+
+    >>> _first_line(RuntimeError("(raised as a result of Query-invoked autoflush)\\n(sqlite3.OperationalError) database or disk is full"))
+    '(sqlite3.OperationalError) database or disk is full'
+    """
+    lines = (str(error) or type(error).__name__).splitlines()
+    return public(next((line for line in lines if not line.startswith("(raised as a result of")), lines[0]))[:300]

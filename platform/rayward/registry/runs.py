@@ -170,9 +170,15 @@ def _remembered(keep: Place | None) -> str | None:
     if keep is None:
         return None
     try:
-        before = json.loads(places.read(keep))
-        return str(before["run_id"]) if before["tracking_uri"] == backend.address() else None
-    except (FileNotFoundError, ValueError, KeyError, TypeError):  # none, or one that was cut off by a full disk
+        with places.telling(keep):
+            kept = places.read(keep)
+    except FileNotFoundError:
+        return None
+    here = backend.address()
+    try:
+        before = json.loads(kept)
+        return str(before["run_id"]) if before["tracking_uri"] == here else None
+    except (ValueError, KeyError, TypeError):  # one that was cut off by a full disk
         return None
 
 
@@ -212,7 +218,8 @@ def _begin(job: str, settings: Mapping[str, Any], keep: Place | None, journal: P
     with backend.explaining():  # the server may go away between two calls, or refuse to write
         run_id = client.create_run(backend.experiment(client), tags=tags).info.run_id
     if keep is not None:
-        places.write(keep, json.dumps({"tracking_uri": backend.address(), "run_id": run_id}) + "\n")
+        with places.telling(keep):
+            places.write(keep, json.dumps({"tracking_uri": backend.address(), "run_id": run_id}) + "\n")
     log = RunLog(run_id, client, _buffer(client, run_id, {}, journal, waiting))
     log.last_step.update({name: int(step) for record in waiting for name, _, _, step in record.get("metrics") or ()})
     log.buffer.put({"params": {_key(name): _short(value, LONGEST_PARAM) for name, value in flatten(settings).items()}})
@@ -300,6 +307,8 @@ def run_of_submission(submission_id: str) -> Ran | None:
     Raises:
         RegistryError: if the registry cannot be reached.
     """
+    if not backend.is_there():
+        return None
     client = backend.client()
     quoted = submission_id.replace("'", "")
     found = client.get_experiment_by_name(backend.EXPERIMENT)

@@ -266,6 +266,17 @@ def model_folder(model: str) -> Path:
     return Path(here) / "artifacts" / "model"
 
 
+def model_address(model: str) -> str:
+    """What every worker loads a model by: a URL as it is, a folder by its absolute path, `tiny` and names on the hub as they are.
+
+    A registered version is fetched from the registry to this machine's disk: workers elsewhere need it at a URL.
+    """
+    if model == "tiny" or places.is_remote(model):
+        return model if model == "tiny" else str(places.at(model))
+    folder = model_folder(model)
+    return str(folder.absolute()) if folder.is_dir() else model
+
+
 def identity(model: str) -> dict[str, Any]:
     """What a manifest says about a model: its name, and the version or the digest of its weights."""
     if model.startswith("models:/"):
@@ -278,5 +289,6 @@ def identity(model: str) -> dict[str, Any]:
         )
     digest = hashlib.sha256()
     for path in weights:
-        digest.update(path.read_bytes())
+        with path.open("rb") as file:
+            hashlib.file_digest(file, lambda: digest)  # in pieces: a shard may be larger than the memory
     return {"model": model, "sha256": digest.hexdigest()}

@@ -19,6 +19,7 @@ from rayward.errors import ModelError
 from rayward.heads import Reading
 from rayward.pooling import width_of
 from rayward.reward_model.bodies import body_of, close, head_name_of
+from rayward.reward_model.overall import with_overall
 from rayward.reward_model.settings import ModelSettings
 from rayward.vocabulary import TIED, TiedHead
 
@@ -62,9 +63,9 @@ def asked_reading(path: str, settings: ModelSettings, notes: dict[str, Any], att
             "leave net.head and net.head_layers out to go on with it, or put a fresh one in its place: --set net.new_head=true",
         )
     if not asked.fits(own):
-        return asked
+        return with_overall(settings, asked, Reading())
     weights = asked.weights if parse_settings(settings.attribute_weights, "") else own.weights
-    return replace(asked, weights=weights, tokens=own.tokens, output_layer=own.output_layer)
+    return with_overall(settings, replace(asked, weights=weights, tokens=own.tokens, output_layer=own.output_layer), own)
 
 
 def same_width(path: str, settings: ModelSettings, notes: dict[str, Any], pooling: str) -> bool:

@@ -27,8 +27,9 @@ from rayward.reward_model.bodies import (
     sliding_window,
     use_segments,
 )
+from rayward.reward_model.overall import OVERALL, overall_score, take_off
 from rayward.reward_model.settings import SCALAR
-from rayward.terms import TERMS, Heard
+from rayward.terms import EVERY, TERMS, Heard, every_token
 from rayward.vocabulary import TiedHead, output_weight
 
 
@@ -36,7 +37,7 @@ class Said(NamedTuple):
     """What a model says of a batch."""
 
     output_GKC: Tensor
-    terms: dict[str, Tensor]  # name of a term of the body -> one number per example
+    terms: dict[str, Tensor]  # name of a term of the body -> one number per example; terms.EVERY -> every_GKT
 
 
 class RewardModel(nn.Module):
@@ -61,6 +62,11 @@ class RewardModel(nn.Module):
             raise ModelError(
                 f"pooling={self.pooling} reads whole sequences, and a language model's logits are of one token",
                 "use a decoder, with --set net.pooling=last",
+            )
+        if reading.overall == "gate" and self.pooling != "last":
+            raise ModelError(
+                f"overall=gate weighs attributes by the prompt alone, and pooling={self.pooling} reads prompts that have seen the answer",
+                "use a decoder, with --set net.pooling=last, or overall=linear",
             )
         if self.pooling == "own" and seen.causal and plain:
             raise ModelError("pooling=own would look for the last token that is not padding, by its id", "use --set net.pooling=last")
@@ -114,10 +120,10 @@ class RewardModel(nn.Module):
         """
         T = batch.token_BT.shape[1]
         if terms:
-            self._check_terms(terms)
+            self.check_terms(terms)
         if self.pooling == "own":
             logit_BC = self.classifier(**inputs_of(self.classifier, batch, packed=False)).logits
-            return Said(logit_BC.float()[batch.place_GK // T], {})
+            return Said(self._with_overall(logit_BC.float()[batch.place_GK // T], None, batch), {})
         heard = self._body_says(batch, routers="balance" in terms)
         hidden_BTD = heard.hidden_BTD
         if self.pooling == "last":
@@ -125,7 +131,18 @@ class RewardModel(nn.Module):
         else:
             pooled_GKD = POOLINGS[self.pooling](hidden_BTD, batch.segment_BT >= 0)[batch.place_GK // T]
         with torch.autocast(pooled_GKD.device.type, enabled=False):
-            return Said(self.head(pooled_GKD.float()), {name: TERMS[name](heard, batch) for name in terms})
+            output_GKC = self._with_overall(self.head(pooled_GKD.float()), hidden_BTD, batch)
+            said = {name: TERMS[name](heard, batch) for name in terms if name != EVERY}
+            if EVERY in terms:
+                said[EVERY] = every_token(lambda hidden_ND: self.reading(self.head(hidden_ND.float())), heard, batch)
+            return Said(output_GKC, said)
+
+    def _with_overall(self, output_GKC: Tensor, hidden_BTD: Tensor | None, batch: Batch) -> Tensor:
+        """The outputs, and behind them the score that the attributes come to, where the model makes it."""
+        if not self.reading.combined:
+            return output_GKC
+        score_GK = overall_score(getattr(self.classifier, OVERALL, None), output_GKC, hidden_BTD, batch, self.reading)
+        return torch.cat([output_GKC, score_GK.unsqueeze(-1)], -1)
 
     def hidden(self, batch: Batch) -> Tensor:
         """hidden_BTD of the body."""
@@ -141,12 +158,17 @@ class RewardModel(nn.Module):
         weight_VD = output_weight(self.classifier, self.reading.output_layer) if self.reading.output_layer else None
         return Heard(said.last_hidden_state, tuple(said.router_logits) if routers else (), top_k, weight_VD)
 
-    def _check_terms(self, terms: Collection[str]) -> None:
+    def check_terms(self, terms: Collection[str]) -> None:
         """Whether the body has what terms are made of."""
         if "language" in terms and not self.reading.output_layer:
             raise SettingsError(
                 "regularise: language is about a language model's output layer, which this model does not have",
                 "keep it: --set net.language=true with --set net.new_head=true",
+            )
+        if EVERY in terms and (self.pooling != "last" or self.reading.attributes):
+            raise SettingsError(
+                "a loss at every token needs a score at every token: a decoder, and a head that is not of attributes",
+                "use the objective of whole answers, e.g. bradley_terry or binary_cross_entropy",
             )
         if "balance" in terms and (self.pooling == "own" or not experts_per_token(body_of(self.classifier))):
             raise SettingsError("regularise: balance is about experts, and this body tells of none", "leave it out")
@@ -177,6 +199,25 @@ def autocast(device: torch.device, precision: Literal["auto", "fp32", "bf16"]) -
 def is_bf16(device: torch.device, precision: Literal["auto", "fp32", "bf16"]) -> bool:
     """Whether a forward pass on this device is in bf16."""
     return precision == "bf16" or (precision == "auto" and device.type == "cuda")
+
+
+def forget_verbosity(
+    model: RewardModel,
+    groups: Sequence[Group],
+    verbosity: str,
+    settings: BatchSettings,
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
+) -> dict[str, float]:
+    """Take a verbosity off the attributes of a model, by what it says of these groups; how much of it, per attribute."""
+
+    def said() -> Iterator[tuple[Batch, Tensor]]:
+        for start in range(0, len(groups), 1024):
+            for _, batch in micro_batches(groups[start : start + 1024], settings, model.shares_prefix, model.flat):
+                yield batch, model.outputs(batch.to(model.device))
+
+    with model.evaluating(), autocast(model.device, precision):
+        model.reading = take_off(model.reading, verbosity, said())
+    return dict(zip(model.reading.names, model.reading.taken_off, strict=True))
 
 
 def score_groups(

@@ -14,6 +14,7 @@ from rayward.records import Example
 from rayward.reward_model.head_choice import asked_reading, attach_output_layer, fresh_head
 from rayward.reward_model.loading import Loaded
 from rayward.reward_model.model import RewardModel
+from rayward.reward_model.overall import attach_overall
 from rayward.reward_model.settings import ModelSettings
 from rayward.vocabulary import TIED
 
@@ -50,6 +51,7 @@ def tiny_model(examples: Iterable[Example], settings: ModelSettings, max_length:
     classifier = Qwen3ForSequenceClassification(config)
     fresh_head(classifier, reading, settings.pooling)
     attach_output_layer("tiny", classifier, settings, reading)
+    attach_overall("tiny", classifier, reading)
     return Loaded(RewardModel(classifier, settings.pooling, max_length, reading), tokenizer, {})
 
 

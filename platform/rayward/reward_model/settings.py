@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from rayward import heads
 from rayward.config import choose, parse_settings
@@ -23,6 +24,9 @@ class ModelSettings:
     head_tokens: str = ""  # a new head starts from (verdict: reads) the language model's rows of these tokens, right first, e.g. "+ -"
     language: bool = False  # keep the language model's output layer too, for --regularise '{"language": 0.1}'
     attribute_weights: str = "{}"  # JSON of attribute -> weight in the score; without any all weigh alike
+    overall: Literal["auto", "mean", "linear", "gate"] = "auto"  # how attributes make one score: by attribute_weights, learned weights,
+    # or weights learned from the prompt; auto: the model's own way
+    verbosity: str = ""  # taken off every attribute before they are one score, until it says nothing of it: an attribute's name, or tokens
     dropout: bool = False  # keep the model's dropout on while training
     trust_remote_code: bool = False  # run code that comes with the model
     width: int = 64  # hidden size of a model from scratch (--model tiny)

@@ -18,6 +18,7 @@ from typing import Any
 from rayward.config import flatten, public, read_file
 from rayward.errors import SettingsError
 
+MADE = ("output", "log")  # settings that name what the command is to make
 WAY_OUT = (
     "put it into an object store (s3://...) or a folder that every node has, and vouch for that folder: --shared /mnt/nfs (docs/cluster.md)"
 )
@@ -46,13 +47,13 @@ def seen(value: str, shared: Sequence[Path], *, made: bool = False) -> bool:
 
 
 def check_seen(words: Sequence[str], configs: Iterable[Path], resolved: Mapping[str, Any], shared: Sequence[Path]) -> None:
-    """SettingsError if the words, the files of settings or the script's own default output name something only this machine has."""
+    """SettingsError if the words, the files of settings or the script's own defaults name something only this machine has."""
     pairs = told(words)
     for file in configs:
         pairs += [(name, str(part)) for name, value in flatten(read_file(str(file))).items() for part in _parts(value)]
-    pairs += [("output", str(resolved["output"]))] if resolved.get("output") else []
+    pairs += [(name, str(resolved[name])) for name in MADE if resolved.get(name)]
     for name, value in pairs:
-        made = name.rpartition(".")[2] == "output"
+        made = name.rpartition(".")[2] in MADE
         for part in dict.fromkeys((value, *value.split(","), *(p.partition("=")[2] for p in value.split(",")))):
             if name != "config" and part and not seen(part, shared, made=made):
                 what = "would be made on a disk of the cluster that is gone with the job" if made else "lies on this machine"

@@ -5,7 +5,7 @@ lost takes nothing with it, a kill between writing and sending costs one checkpo
 whatever lies on their own disks.
 
 >>> import tempfile; folder = Path(tempfile.mkdtemp())
->>> one, two = (Away(folder / name, folder / "url") for name in ("one", "two"))
+>>> one, two = (Mirror(folder / name, folder / "url") for name in ("one", "two"))
 >>> (one.here / "step-1").mkdir(parents=True); _ = (one.here / "step-1" / "state.json").write_text("{}")
 >>> one.send("step-1"); two.fetch("step-1"); (two.here / "step-1" / "state.json").read_text()
 '{}'
@@ -34,15 +34,15 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Away:
+class Mirror:
     """A folder on this node's disk, and the same folder at a URL."""
 
     here: Path
     there: Place
     _one: threading.Lock = field(default_factory=threading.Lock, compare=False, repr=False)  # or an old file could arrive after a new one
 
-    def __truediv__(self, name: str) -> Away:
-        return Away(self.here / name, self.there / name)
+    def __truediv__(self, name: str) -> Mirror:
+        return Mirror(self.here / name, self.there / name)
 
     def send(self, *names: str) -> None:
         """Send files or folders, in this order; what is not here is passed over.

@@ -1,13 +1,13 @@
-"""A verdict log at a URL: what was said is on this disk at once, and in the store a few seconds later.
+"""A verdict log (`asking`) at a URL: what was said is on this disk at once, and in the store a few seconds later.
 
-    LOG/said/00-3f-9b1c...-0.jsonl   lines of one worker on prompts whose hash begins with 00 to 3f, as many as came within SHIP_S
+    LOG/said/00-3f-9b1c...-0.jsonl   lines of one worker on prompts whose hash begins with 00 to 3f, as many as came within SEND_S
     LOG/said/00-3f-9b1c...-50.jsonl  the same, MERGED of them put together
     LOG/spent/9b1c....json           requests and tokens of that worker; what was spent is the sum
 
-Nothing can be appended to an object, so a worker keeps a log of its own on its disk, and a thread of it sends what is new every SHIP_S. A
-node that is lost takes what came in its last SHIP_S, and what was on its way, with it; a worker that is killed no more than that. All is
+Nothing can be appended to an object, so a worker keeps a log of its own on its disk, and a thread of it sends what is new every SEND_S. A
+node that is lost takes what came in its last SEND_S, and what was on its way, with it; a worker that is killed no more than that. All is
 sent when a part is done and when a run ends, but by SIGKILL. A worker that begins with a part reads what was sent on its prompts. The
-price: two PUTs per SHIP_S and worker while answers come in.
+price: two PUTs per SEND_S and worker while answers come in.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from pathlib import Path
 from rayward import places
 from rayward.places import Place
 
-SHIP_S = 2.0  # seconds between two sendings: what is lost with a node, and one PUT each
+SEND_S = 2.0  # seconds between two sendings: what is lost with a node, and one PUT each
 LOOK_S = 10.0  # seconds between two looks at what other workers have spent: a budget is overspent by what they ask in this time
 MERGED = 50  # sendings that are put together to one object, so that a later run has few to read
 
 
-class Shipper:
+class RemoteLog:
     """Sends lines that were said, and what was spent; brings what others have sent."""
 
     def __init__(self, far: Place):
@@ -68,7 +68,7 @@ class Shipper:
     def _ship_on(self) -> None:
         idle = 0
         while True:
-            time.sleep(SHIP_S)
+            time.sleep(SEND_S)
             with contextlib.suppress(Exception):  # the store is away: what waits is sent later, and whoever calls flush is told
                 idle = 0 if self.flush() else idle + 1
             with self._lock:

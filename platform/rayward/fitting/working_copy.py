@@ -17,47 +17,47 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rayward import places
-from rayward.away import Away
+from rayward.mirror import Mirror
 
 PREPARED = "prepared.json"  # in OUTPUT at a URL: the folders that were made before training, and a name for their making
 TRACKING = "tracking.json"  # in OUTPUT: which tracked run it belongs to
-PLAIN = ("settings.json", TRACKING)  # files of OUTPUT that are read before training
+TRACKED = "tracking."  # files of OUTPUT that begin so are the tracked run's, and may be there before the fit
+SETTINGS = "settings.json"  # in OUTPUT: what was asked for
 
 
-def home(output: str) -> tuple[Path, Away | None]:
+def working_copy(output: str) -> tuple[Path, Mirror | None]:
     """The folder that a fit works in, and what it is a copy of where OUTPUT is a URL."""
     place = places.at(output)
     if isinstance(place, Path):
         return place.absolute(), None
     digest = hashlib.blake2b(str(place).encode(), digest_size=6).hexdigest()
     folder = places.cache() / "fits" / f"{place.name}-{digest}"
-    return folder, Away(folder, place)
+    return folder, Mirror(folder, place)
 
 
-def pull(away: Away) -> None:
+def pull(mirror: Mirror) -> None:
     """Let this node's folder hold what was prepared at the URL, and nothing of another run."""
-    with _alone(away.here):
-        said = away.read(PREPARED)
-        mine = away.here / PREPARED
+    with _alone(mirror.here):
+        said = mirror.read(PREPARED)
+        mine = mirror.here / PREPARED
         if said is None or not mine.is_file() or mine.read_bytes() != said:
-            places.remove(away.here)
+            places.remove(mirror.here)
             if said is not None:
-                away.fetch(*json.loads(said)["folders"])
+                mirror.fetch(*json.loads(said)["folders"])
                 places.write(mine, said)
-        for name in PLAIN:
-            content = away.read(name)
-            places.remove(away.here / name) if content is None else places.write(away.here / name, content)
+        settings = mirror.read(SETTINGS)
+        places.remove(mirror.here / SETTINGS) if settings is None else places.write(mirror.here / SETTINGS, settings)
 
 
-def push(away: Away) -> None:
+def push(mirror: Mirror) -> None:
     """Send what was prepared, under a name that no other preparation has."""
-    folders = [name for name in ("start", "groups") if (away.here / name).is_dir()]
-    away.send(*folders)
-    places.write(away.here / PREPARED, json.dumps({"folders": folders, "made": secrets.token_hex(8)}) + "\n")
-    away.send(PREPARED)
+    folders = [name for name in ("start", "groups") if (mirror.here / name).is_dir()]
+    mirror.send(*folders)
+    places.write(mirror.here / PREPARED, json.dumps({"folders": folders, "made": secrets.token_hex(8)}) + "\n")
+    mirror.send(PREPARED)
 
 
-def pull_run(run: Away, newest: str = "") -> None:
+def pull_run(run: Mirror, newest: str = "") -> None:
     """Let this node's folder hold what a run goes on from: one checkpoint (the newest, or the one named), the best weights, the metrics."""
     with _alone(run.here.parent):
         whole = run.whole()

@@ -73,7 +73,8 @@ def doors(host: str, port: int, path: str) -> dict[str, Any]:
     listens = [host for host in dict.fromkeys(hosts) if reach(host, port) == "200"]
     if not listens:
         return {"listens": [], "without": 0, "with": 0}
-    url = f"http://{listens[0]}:{port}{path}"
+    named = f"[{listens[0]}]" if ":" in listens[0] else listens[0]
+    url = f"http://{named}:{port}{path}"
     return {"listens": listens, "without": _status(url, {}), "with": _status(url, get_auth_headers_if_auth_enabled({}))}
 
 
