@@ -136,13 +136,13 @@ def measure(nodes: int, work: Path, sizes: dict[str, int], jobs: list[str]) -> l
 
 def show(lines: list[Line]) -> None:
     """A table, with every run beside that on the fewest nodes and beyond what starting costs."""
-    print(f"{'job':16}{'kind':8}{'nodes':>6}{'rows':>9}{'wall s':>8}{'CPU s':>8}{'wall beyond the start':>24}{'CPU beyond the start':>23}")
+    print(f"{'job':16}{'kind':8}{'nodes':>6}{'rows':>11}{'wall s':>8}{'CPU s':>8}{'wall beyond the start':>24}{'CPU beyond the start':>23}")
     for line in lines:
         if line.kind == "start":
             continue
         start = next(s for s in lines if (s.job, s.kind, s.nodes) == (line.job, "start", line.nodes))
         print(
-            f"{line.job:16}{line.kind:8}{line.nodes:6}{line.rows:9,}{line.wall_s:8.1f}{line.cpu_s:8.1f}"
+            f"{line.job:16}{line.kind:8}{line.nodes:6}{line.rows:11,}{line.wall_s:8.1f}{line.cpu_s:8.1f}"
             f"{line.wall_s - start.wall_s:24.1f}{line.cpu_s - start.cpu_s:23.1f}"
         )
 

@@ -25,6 +25,8 @@ class Settings:
     actors: int = 1  # most actors at a time, each with a copy of the model
     gpus: float = -1.0  # GPUs of an actor on engine ray, e.g. 0.25 for four on one; -1: one where the cluster has any
     engine: Engine = "auto"  # where the work runs
+    cpus: float = 1.0  # CPU cores that each task holds on engine ray
+    memory_gib: float = 0.0  # GiB of memory that each task holds on engine ray; 0: not counted
     overwrite: bool = False  # replace what OUTPUT holds
 
     def __post_init__(self) -> None:
@@ -37,7 +39,7 @@ def main(settings: Settings) -> Dataset:
     rollouts = open_dataset(settings.source, "rollouts")
     model = registry.model_address(settings.model)
     recipe = Recipe.of("score_rollouts", settings, rollouts.lineage(), registry.identity(settings.model))
-    return scoring.score_dataset(recipe, rollouts, model, settings.actors, settings.aggregate, settings.gpus)
+    return scoring.score_dataset(recipe, rollouts, model, settings.actors, settings.aggregate)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,8 @@ class Settings:
     actors: int = 1  # most actors at a time, each with a copy of a model
     gpus: float = -1.0  # GPUs of an actor on engine ray, e.g. 0.25 for four on one; -1: one where the cluster has any
     engine: Engine = "auto"  # where the work runs
+    cpus: float = 1.0  # CPU cores that each task holds on engine ray
+    memory_gib: float = 0.0  # GiB of memory that each task holds on engine ray; 0: not counted
     overwrite: bool = False  # replace what OUTPUT holds
 
     def __post_init__(self) -> None:
@@ -49,7 +51,7 @@ def main(settings: Settings) -> Dataset:
     settings.select.chosen_measure(len(settings.model))
     folders = [registry.model_address(model) for model in settings.model]
     recipe = Recipe.of("select_uncertain", settings, pool.lineage(), *map(registry.identity, settings.model))
-    made = uncertainty.select(recipe, pool, folders, settings.count, settings.select, settings.actors, settings.gpus)
+    made = uncertainty.select(recipe, pool, folders, settings.count, settings.select, settings.actors)
     found = uncertainty.shares(made)
     print(f"{found['uncertain']:,} prompts by uncertainty, {found['random']:,} at random", file=sys.stderr)
     if sum(found.values()) < settings.count:

@@ -24,6 +24,8 @@ class Settings:
     exact: bool = True  # reject votes where the format has no place for how many they were; otherwise that is dropped
     compress: bool = False  # write .jsonl.gz
     engine: Engine = "auto"  # where the work runs
+    cpus: float = 1.0  # CPU cores that each task holds on engine ray
+    memory_gib: float = 0.0  # GiB of memory that each task holds on engine ray; 0: not counted
     overwrite: bool = False  # replace what OUTPUT holds
 
 

@@ -25,6 +25,8 @@ class Settings:
     format: str = "auto"  # what the rows are: a name from docs/formats.md, your own as module:function, or auto: by their keys
     parts: int = 0  # parts the output is laid into, a power of two (0: by size)
     engine: Engine = "auto"  # where the work runs
+    cpus: float = 1.0  # CPU cores that each task holds on engine ray
+    memory_gib: float = 0.0  # GiB of memory that each task holds on engine ray; 0: not counted
     overwrite: bool = False  # replace what OUTPUT holds
 
 

@@ -32,7 +32,10 @@ class Settings:
     budget: Budget = Budget()
     log: str = ""  # folder that keeps every reply ("": .OUTPUT.verdicts beside the output)
     actors: int = 1  # workers that judge, each with a policy of its own, on engine ray
+    gpus: float = -1.0  # GPUs of each of them; -1: one for a model in the worker's own process, where the cluster has any
     engine: Engine = "auto"  # where the work runs
+    cpus: float = 1.0  # CPU cores that each task holds on engine ray
+    memory_gib: float = 0.0  # GiB of memory that each task holds on engine ray; 0: not counted
     overwrite: bool = False  # replace what OUTPUT holds
 
 

@@ -26,7 +26,10 @@ class Settings:
     label: RankingSettings = RankingSettings()
     scores: str = ""  # folder of a trained model, or models:/NAME@ALIAS, that ranks the answers of a prompt (empty: their rewards do)
     actors: int = 1  # with scores, most actors at a time, each with a copy of the model
+    gpus: float = -1.0  # GPUs of each of them; -1: one for a model in the worker's own process, where the cluster has any
     engine: Engine = "auto"  # where the work runs
+    cpus: float = 1.0  # CPU cores that each task holds on engine ray
+    memory_gib: float = 0.0  # GiB of memory that each task holds on engine ray; 0: not counted
     overwrite: bool = False  # replace what OUTPUT holds
 
 

@@ -34,7 +34,10 @@ class Settings:
     sampling: StepSampling = StepSampling()
     log: str = ""  # folder that keeps every completion ("": .OUTPUT.verdicts beside the output)
     actors: int = 1  # workers that draw, each with a policy of its own, on engine ray
+    gpus: float = -1.0  # GPUs of each of them; -1: one for a model in the worker's own process, where the cluster has any
     engine: Engine = "auto"  # where the work runs
+    cpus: float = 1.0  # CPU cores that each task holds on engine ray
+    memory_gib: float = 0.0  # GiB of memory that each task holds on engine ray; 0: not counted
     overwrite: bool = False  # replace what OUTPUT holds
 
 

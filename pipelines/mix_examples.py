@@ -27,6 +27,8 @@ class Settings:
     mixture: str  # YAML file: the sources with their weights and caps
     output: str  # folder for the examples
     engine: Engine = "auto"  # where the work runs
+    cpus: float = 1.0  # CPU cores that each task holds on engine ray
+    memory_gib: float = 0.0  # GiB of memory that each task holds on engine ray; 0: not counted
     overwrite: bool = False  # replace what OUTPUT holds
 
 

@@ -24,7 +24,10 @@ class Settings:
     sample: SampleSettings = SampleSettings()
     parts: int = 0  # parts the output is laid into, a power of two (0: by size)
     actors: int = 0  # workers that draw on engine ray, each with a policy of its own (0: every core, or one where it is a model)
+    gpus: float = -1.0  # GPUs of each of them; -1: one for a model in the worker's own process, where the cluster has any
     engine: Engine = "auto"  # where the work runs
+    cpus: float = 1.0  # CPU cores that each task holds on engine ray
+    memory_gib: float = 0.0  # GiB of memory that each task holds on engine ray; 0: not counted
     overwrite: bool = False  # replace what OUTPUT holds
 
 

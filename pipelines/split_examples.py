@@ -22,6 +22,8 @@ class Settings:
     output: str  # folder for train/, validation/ and test/
     shares: Shares = Shares()
     engine: Engine = "auto"  # where the work runs
+    cpus: float = 1.0  # CPU cores that each task holds on engine ray
+    memory_gib: float = 0.0  # GiB of memory that each task holds on engine ray; 0: not counted
     overwrite: bool = False  # replace what OUTPUT holds
 
 

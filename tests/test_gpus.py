@@ -54,6 +54,8 @@ class Holder:
 holder = Holder.remote()
 ray.get(holder.ping.remote())
 print(json.dumps(run([{}], look, what="label", unit="t", engine="ray")))
+held = lambda: lambda task: ray.get_runtime_context().get_assigned_resources()
+print(json.dumps([run([{}], held, what="t", unit="t", engine="ray", actors=a, cpus=2, memory_gib=0.25)[0] for a in (0, 1)]))
 watch = placement.watch
 placement.watch = functools.partial(watch, after_s=1.0, every_s=1.0)
 threading.Timer(4.0, ray.kill, [holder]).start()
@@ -87,8 +89,13 @@ def test_a_stage_without_gpus_neither_holds_nor_sees_one(pretended: tuple[list[A
     assert actor["visible"] in ("0", "1")
 
 
+def test_a_task_and_an_actor_hold_the_cpus_and_the_memory_that_were_asked_for(pretended: tuple[list[Any], str]) -> None:
+    for held in pretended[0][2]:
+        assert (held["CPU"], held["memory"]) == (2, 2**28)
+
+
 def test_while_another_job_holds_the_gpus_labels_are_made_and_a_scorer_waits_and_says_so(pretended: tuple[list[Any], str]) -> None:
-    (_, labeled, scored, left), err = pretended
+    (_, labeled, _, scored, left), err = pretended
     assert labeled == [{"gpus": 0, "visible": ""}]
     assert scored[0]["gpus"] == 1
     assert "label: no worker has begun" not in err.partition("score:")[0]
@@ -111,6 +118,22 @@ def test_what_no_machine_can_hold_is_an_error_at_once(ray_cluster: Any) -> None:
         placement.watch("t", {"CPU": 10_000}),
     ):
         pass
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--memory-gib", "90000"], "asks for 1 CPU and 90000 GiB of memory, and no machine of this cluster has that"),
+        (["--cpus", "0"], "cpus=0, gpus=-1, memory_gib=0 is nothing that a task can hold"),
+        (["--memory-gib", "-1"], "memory_gib=-1 is nothing that a task can hold"),
+    ],
+)
+def test_a_pipeline_that_cannot_be_placed_says_so(
+    ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, words: list[str], said: str
+) -> None:
+    toy = make_toy(tmp_path_factory.getbasetemp())
+    here("label_pairs", "--source", toy.answers, "--output", tmp_path / "pairs", "--engine", "ray", *words).mistake(said)
+    assert not (tmp_path / "pairs").exists()
 
 
 def test_a_scoring_job_that_cannot_be_placed_says_so(ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ TIED = {"split": (0.5, 0.5, 4), "mixed": (0.5, 0.5, 3), "ties": (0.5, 0.5, 3)}
         (["--votes", "--ties", "keep", "--min-agreement", "0.6"], {*SHARES, "ties"}),
         (["--votes", "--min-gap", "0.5"], {"all", "leaning", "one"}),
     ],
-    ids=" ".join,
+    ids=lambda words: " ".join(sorted(words)) if isinstance(words, set) else " ".join(words),
 )
 def test_votes_are_counted_and_agreement_is_asked_for(words: list[str], made: set[str], tmp_path: Path) -> None:
     dataset = label("pairs", ROWS, tmp_path, *words)

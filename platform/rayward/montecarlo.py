@@ -142,7 +142,9 @@ def label_steps(recipe: Recipe, source: Dataset, settings: StepSampling, log: st
             with session(recipe.engine, source.bytes):
                 finding = find_out(recipe, source, settings, folder) if settings.scheme == AUTO else None
                 make = partial(_PartLabeler, settings, finding, str(folder), name)
-                [made] = dataflow.transform(recipe, source, make, kind="examples", actors=actors, gpus=gpus_of(settings.policy))
+                [made] = dataflow.transform(
+                    recipe, source, make, kind="examples", actors=actors, gpus=gpus_of(settings.policy, recipe.gpus)
+                )
         finally:
             _policy.cache_clear()
     spent, counts = VerdictLog(folder).spent(), Counter[str]()
@@ -176,10 +178,9 @@ def find_out(recipe: Recipe, source: Dataset, settings: StepSampling, log: Place
             partial(_Pilot, settings, str(log)),
             what="pilot",
             unit="pilots",
-            engine=recipe.engine,
-            size=source.bytes,
             actors=1,
-            gpus=gpus_of(settings.policy),
+            gpus=gpus_of(settings.policy, recipe.gpus),
+            **recipe.how(source.bytes),
         )
         places.write(path, json.dumps({**found, "about": about}, indent=2) + "\n")
     print(f"{path}: {found['finding']['says']}; {found['completions']:,} completions", file=sys.stderr)

@@ -118,7 +118,7 @@ def sample(recipe: Recipe, problems: str, settings: SampleSettings, parts: int =
         tasks = [task for name, path in files for piece in pieces(name, path, piece_bytes=2**20) for task in _tasks(piece)]
         size = sum(source_bytes(path) for _, path in files)
     size *= settings.answers + settings.continued * settings.continuations * 4  # a guess: an answer as long as its problem, of 4 steps
-    gpus = gpus_of(settings.policy)
+    gpus = gpus_of(settings.policy, recipe.gpus)
     made = dataflow.ingest(recipe, tasks, produce, unit="chunks", size=size, parts=parts, actors=actors or int(gpus != 0), gpus=gpus)
     outcomes = Counter(said for part in made.parts for said in read_table(part, columns=["correct"])["correct"].to_pylist())
     told = ", ".join(

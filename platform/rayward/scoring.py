@@ -131,21 +131,19 @@ def dropping(model: nn.Module, rate: float, seed: int) -> Iterator[None]:
             hook.remove()
 
 
-def score_dataset(
-    recipe: Recipe, source: Dataset, folder: str, actors: int, aggregate: metrics.Aggregation = "last", gpus: float = -1.0
-) -> Dataset:
+def score_dataset(recipe: Recipe, source: Dataset, folder: str, actors: int, aggregate: metrics.Aggregation = "last") -> Dataset:
     """The rollouts of a dataset with a `score` each, and `step_scores` where steps are scored, by a pool of actors.
 
     `aggregate` says how the scores of steps become that of the answer (metrics.AGGREGATIONS); each is a logit.
     """
-    [made] = dataflow.transform(recipe, source, partial(_PartScorer, folder, aggregate), kind="scores", actors=actors, gpus=gpus)
+    [made] = dataflow.transform(recipe, source, partial(_PartScorer, folder, aggregate), kind="scores", actors=actors, gpus=recipe.gpus)
     return made
 
 
 def label_by_scores(recipe: Recipe, source: Dataset, folder: str, judge: str, labeler: Labeler, settings: Any, actors: int) -> Dataset:
     """Examples of rollouts that a model has judged: its score is the reward, and all whole answers of a prompt are one judgement."""
     make = partial(_PartLabeler, folder, judge, labeler, settings)
-    [made] = dataflow.transform(recipe, source, make, kind="examples", actors=actors, gpus=-1.0)
+    [made] = dataflow.transform(recipe, source, make, kind="examples", actors=actors, gpus=recipe.gpus)
     return made
 
 

@@ -322,9 +322,7 @@ def _alike(texts: pa.Array) -> tuple[list[int], dict[int, set[int]]]:
 # ------------------------------------------------------------------------------------------------------------- the dataset
 
 
-def select(
-    recipe: Recipe, source: Dataset, folders: Sequence[str], count: int, settings: SelectSettings, actors: int = 1, gpus: float = -1.0
-) -> Dataset:
+def select(recipe: Recipe, source: Dataset, folders: Sequence[str], count: int, settings: SelectSettings, actors: int = 1) -> Dataset:
     """The rollouts of the prompts of `source` that are to be labelled next; every rollout says why its prompt was chosen.
 
     OUTPUT/uncertainty.parquet holds all prompts that were measured, by rank. A run that was killed goes on with the part it was at.
@@ -339,11 +337,11 @@ def select(
     parts = len(source.parts)
     members = Members(tuple(folders), settings)
     with staged(recipe, "rollouts", parts) as stage:
-        how: dict[str, Any] = {"engine": recipe.engine, "size": source.bytes}
+        how = recipe.how(source.bytes)
         tasks = [{"part": n, "file": str(path.absolute())} for n, path in enumerate(source.parts)]
         measure = partial(_MeasurePart, members, str(stage / "done" / "measured"))
         done = stage / "done" / "measured"
-        dataflow.run(tasks, measure, what="measure", unit="parts", done=done, actors=actors, gpus=gpus, **how)
+        dataflow.run(tasks, measure, what="measure", unit="parts", done=done, actors=actors, gpus=recipe.gpus, **how)
         prompts = pa.concat_tables([read_table(done / f"{n:06d}.prompts.parquet") for n in range(parts)])
         if not prompts.num_rows:
             raise DataError(f"no prompt of {source.path} can be measured", "where answers are compared, a prompt needs two that differ")

@@ -27,7 +27,7 @@ T = TypeVar("T")
 AFTER_S = 30.0  # how long a worker may take to begin before a word is said
 EVERY_S = 60.0  # and how long until the next
 LOOK_S = 1.0  # between two looks
-UNITS = {"CPU": "CPUs", "GPU": "GPUs", "memory": "bytes of memory"}
+UNITS = {"CPU": "CPUs", "GPU": "GPUs", "memory": "GiB of memory"}
 
 
 def autoscaling() -> bool:
@@ -146,7 +146,7 @@ def situation(what: str, asked: Mapping[str, float], workers: int, waited_s: flo
     room = any(all((has.get(kind) or 0.0) >= much for kind, much in asked.items()) for has in free)
     total = ray.cluster_resources()
     left = ray.available_resources()
-    shown = ", ".join(f"{left.get(kind) or 0.0:g} of {total.get(kind) or 0.0:g} {UNITS.get(kind, kind)}" for kind in asked)
+    shown = ", ".join(f"{_in_units(kind, left.get(kind))} of {_in_units(kind, total.get(kind))} {UNITS.get(kind, kind)}" for kind in asked)
     each = "each " if workers > 1 else ""
     said = f"{what}: no worker has begun for {waited_s:.0f} s. Asked for: {workers} x {_words(asked)}; {each}free: {shown}"
     if room:
@@ -179,7 +179,12 @@ def holders() -> list[str]:
 def _words(asked: Mapping[str, Any]) -> str:
     """Resources in words.
 
-    >>> _words({"CPU": 1, "GPU": 0.5})
-    '1 CPU and 0.5 GPU'
+    >>> _words({"CPU": 1, "GPU": 0.5}), _words({"CPU": 2, "memory": 3 * 2**29})
+    ('1 CPU and 0.5 GPU', '2 CPU and 1.5 GiB of memory')
     """
-    return " and ".join(f"{much:g} {kind}" for kind, much in asked.items())
+    return " and ".join(f"{_in_units(kind, much)} {UNITS[kind] if kind == 'memory' else kind}" for kind, much in asked.items())
+
+
+def _in_units(kind: str, much: float | None) -> str:
+    """An amount in the unit of UNITS; Ray counts memory in bytes."""
+    return f"{round((much or 0.0) / (2**30 if kind == 'memory' else 1), 2):g}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -84,11 +84,14 @@ def run(
     size: int = 0,
     actors: int = 0,
     gpus: float = 0.0,
+    cpus: float = 1.0,
+    memory_gib: float = 0.0,
     done: Place | None = None,
 ) -> list[dict[str, Any]]:
     """What came of every task, in order; `make` makes the function that does one. With `actors` Ray keeps so many, each made once.
 
-    `gpus` is what each of them holds: a number, or -1 for one where the cluster has any. SettingsError if no machine has as many.
+    On Ray each of them holds so many CPU cores, GiB of memory (0: they are not counted) and, of actors, GPUs: a number, or -1 for one where
+    the cluster has any. SettingsError if no machine has as many.
 
     In a `done` folder lies what came of tasks of an earlier run.
     """
@@ -110,7 +113,9 @@ def run(
                 bar.advance()
         elif todo:
             with cluster.connect():
-                for row in _ray_rows(what, todo, partial(_made, make, places.carried()), actors, gpus):
+                held = {"CPU": cpus, "memory": memory_gib * 2**30, "GPU": cluster.gpus_each(gpus) if actors else 0.0}
+                made = partial(_made, make, places.carried())
+                for row in _ray_rows(what, todo, made, actors, {kind: much for kind, much in held.items() if much}):
                     if row["error"]:
                         kind, words, way_out = json.loads(row["error"])
                         raise getattr(errors, kind)(words, way_out)
@@ -119,23 +124,25 @@ def run(
     return [results[number] for number in range(len(tasks))]
 
 
-def _ray_rows(what: str, tasks: Sequence[dict[str, Any]], make: Callable[[], Work], actors: int, gpus: float) -> Iterator[dict[str, Any]]:
-    """What comes of every task, as it comes; each holds a CPU, and an actor its GPUs. What cannot be placed is said (cluster.placement)."""
+def _ray_rows(
+    what: str, tasks: Sequence[dict[str, Any]], make: Callable[[], Work], actors: int, held: Mapping[str, float]
+) -> Iterator[dict[str, Any]]:
+    """What comes of every task, as it comes; each holds what is said. What cannot be placed is told (cluster.placement)."""
     import ray.data
 
     cluster.quiet("ray.data")
     ray.data.DataContext.get_current().enable_progress_bars = False
     dataset = ray.data.from_items([{"task": json.dumps(task)} for task in tasks], override_num_blocks=max(1, len(tasks)))
-    held = {"CPU": 1.0} | ({"GPU": each} if actors and (each := cluster.gpus_each(gpus)) else {})
+    ask = {"num_cpus": held["CPU"], "num_gpus": held.get("GPU"), "memory": held.get("memory")}
     workers = min(actors or len(tasks), len(tasks))
     try:
         with placement.watch(what, held, workers=workers) as key:
             made = partial(placement.begin, key, make)
             if actors:
                 pool = ray.data.ActorPoolStrategy(min_size=1, max_size=workers)
-                dataset = dataset.map(_Worker, fn_constructor_args=(made,), compute=pool, num_gpus=held.get("GPU"))
+                dataset = dataset.map(_Worker, fn_constructor_args=(made,), compute=pool, **ask)
             else:
-                dataset = dataset.map(lambda row: _Worker(made)(row))
+                dataset = dataset.map(lambda row: _Worker(made)(row), **ask)
             yield from dataset.iter_rows()
     except ray.exceptions.RayError as error:
         cause = error.__cause__ or error

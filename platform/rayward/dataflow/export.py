@@ -50,8 +50,7 @@ def export(recipe: Recipe, source: Dataset, format_name: str, compress: bool, ex
         drop = () if format_name not in FORMATS or _has_margins(source) else ("margin",)  # a column of ones would be taken for margins of 1
         with staged(recipe, "export", len(tasks)) as stage:
             work = partial(_export_part, write=write, stage=str(stage), parts=len(tasks), compress=compress, drop=drop, exact=exact)
-            how: dict[str, Any] = {"engine": recipe.engine, "size": source.bytes}
-            done = run(tasks, lambda: work, what=recipe.made_by, unit="parts", done=stage / "done" / "parts", **how)
+            done = run(tasks, lambda: work, what=recipe.made_by, unit="parts", done=stage / "done" / "parts", **recipe.how(source.bytes))
             counts = sum((Counts(d["rows_in"], d["used"], d["rejected"], d["out"], d["leaves"]) for d in done), Counts())
             places.write(stage / "manifest.json", recipe.manifest("export", counts).to_json())
     made = Exported(output, read_manifest(output / "manifest.json"))

@@ -57,7 +57,7 @@ def ingest(
     with staged(recipe, "rollouts", parts) as stage, session(recipe.engine, size):
         lay = partial(_lay_out, produce=produce, stage=str(stage), parts=parts)
         numbered = [{"number": number, "task": task} for number, task in enumerate(tasks)]
-        how: dict[str, Any] = {"engine": recipe.engine, "size": size}
+        how = recipe.how(size)
         laid = run(numbered, lambda: lay, what=recipe.made_by, unit=unit, done=stage / "done" / "lay-out", actors=actors, gpus=gpus, **how)
         counts = sum((Counts(d["rows_in"], d["used"], d["rejected"]) for d in laid), Counts())
         join = partial(_join_part, stage=str(stage), parts=parts)

@@ -138,9 +138,8 @@ def mix(recipe: Recipe, mixture: Mixture) -> Dataset:
             lambda: work,
             what=recipe.made_by,
             unit="parts",
-            engine=recipe.engine,
-            size=size,
             done=stage / "done" / "parts",
+            **recipe.how(size),
         )
         counts = sum((Counts(d["rows_in"], d["used"], d["rejected"], d["out"], d["leaves"]) for d in done), Counts())
         places.write(stage / "manifest.json", recipe.manifest("examples", counts).to_json())

@@ -15,7 +15,7 @@ from rayward import places
 from rayward.config import as_dict, public
 from rayward.dataflow.claims import LOCK, claimed
 from rayward.dataflow.engine import Engine
-from rayward.errors import DataError
+from rayward.errors import DataError, SettingsError
 from rayward.places import Place, at, is_remote, listing, telling
 from rayward.splits import SIDES
 from rayward.storage import (
@@ -31,7 +31,7 @@ from rayward.storage import (
     whole_digest,
 )
 
-HOW = ("output", "engine", "overwrite", "parts", "actors", "gpus")  # settings that change where and how, not what
+HOW = ("output", "engine", "overwrite", "parts", "actors", "cpus", "gpus", "memory_gib")  # settings that change where and how, not what
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,16 @@ class Recipe:
     inputs: Sequence[Mapping[str, Any]]
     engine: Engine = "auto"
     overwrite: bool = False
+    cpus: float = 1.0  # CPU cores that a task holds on Ray
+    gpus: float = -1.0  # GPUs of an actor with a model; -1: one where the cluster has any
+    memory_gib: float = 0.0  # GiB of memory that a task holds on Ray; 0: not counted
 
     def __post_init__(self) -> None:
+        if self.cpus <= 0 or self.memory_gib < 0 or (self.gpus < 0 and self.gpus != -1):
+            raise SettingsError(
+                f"cpus={self.cpus:g}, gpus={self.gpus:g}, memory_gib={self.memory_gib:g} is nothing that a task can hold",
+                "give some CPUs, 0 or more GiB, and 0 or more GPUs (or -1: one where the cluster has any)",
+            )
         output = at(self.output)
         output = Path(os.path.normpath(output)) if isinstance(output, Path) else output
         object.__setattr__(self, "output", str(output))
@@ -58,8 +66,13 @@ class Recipe:
 
     @classmethod
     def of(cls, made_by: str, settings: Any, *inputs: Mapping[str, Any]) -> Recipe:
-        """The recipe of a script, whose settings have `output`, `engine` and `overwrite`."""
-        return cls(made_by, settings.output, settings, inputs, settings.engine, settings.overwrite)
+        """The recipe of a script, whose settings have `output`, and of the recipe's other fields those that the user may set."""
+        said = {name: getattr(settings, name) for name in ("engine", "overwrite", "cpus", "gpus", "memory_gib") if hasattr(settings, name)}
+        return cls(made_by, settings.output, settings, inputs, **said)
+
+    def how(self, size: int) -> dict[str, Any]:
+        """How tasks that read so many bytes are run: where, and what each of them holds there."""
+        return {"engine": self.engine, "size": size, "cpus": self.cpus, "memory_gib": self.memory_gib}
 
     def manifest(self, kind: str, counts: Counts) -> Manifest:
         """The manifest of what was made. Where it was written and how it was run are no part of what it is."""

@@ -46,7 +46,7 @@ def transform(
         tasks = [{"part": n, "file": str(path.absolute())} for n, path in enumerate(source.parts)]
         with staged(recipe, kind, parts) as stage:
             work = partial(_PartWork, make, str(stage), parts, kind)
-            how: dict[str, Any] = {"engine": recipe.engine, "size": source.bytes, "actors": actors, "gpus": gpus}
+            how = {**recipe.how(source.bytes), "actors": actors, "gpus": gpus}
             done = run(tasks, work, what=recipe.made_by, unit="parts", done=stage / "done" / "parts", **how)
             rejected = sum((Counter(d["rejected"]) for d in done), Counter())
             whole = Counts(sum(d["rows_in"] for d in done), sum(d["used"] for d in done), rejected)

@@ -54,6 +54,9 @@ class Job:
     actors: int = 1  # workers on Ray
     engine: Engine = "auto"
     overwrite: bool = False
+    cpus: float = 1.0  # of each of them, as in Recipe
+    gpus: float = -1.0
+    memory_gib: float = 0.0
 
     @classmethod
     def of(cls, settings: Any, how: AnswerSettings | StepJudgeSettings) -> Job:
@@ -96,13 +99,14 @@ class Job:
 def judge_dataset(made_by: str, job: Job) -> Dataset:
     """Judge a dataset of rollouts, and say on stderr what was asked, what came of it, and how far the judge goes by position."""
     rollouts = open_dataset(job.source, "rollouts")
-    recipe = Recipe(made_by, job.output, job.told(), [rollouts.lineage()], job.engine, job.overwrite)
+    how = (job.engine, job.overwrite, job.cpus, job.gpus, job.memory_gib)
+    recipe = Recipe(made_by, job.output, job.told(), [rollouts.lineage()], *how)
     identity = json.dumps([str(at(job.output).absolute()), job.told(), rollouts.manifest.digest], sort_keys=True)
     tallies = job.folder.absolute() / "tally" / hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
     log = VerdictLog(job.folder.absolute())
     before = log.spent()
     make = partial(_JudgePart, job, str(log.folder), str(tallies))
-    [made] = dataflow.transform(recipe, rollouts, make, kind="rollouts", actors=job.actors, gpus=gpus_of(job.judge))
+    [made] = dataflow.transform(recipe, rollouts, make, kind="rollouts", actors=job.actors, gpus=gpus_of(job.judge, recipe.gpus))
     total: Tally = defaultdict(float)
     for said in places.read_many(tallies, [name for name in places.listing(tallies) if name.endswith(".json")]).values():
         for name, number in json.loads(said).items():

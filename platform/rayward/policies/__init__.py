@@ -161,9 +161,9 @@ def _vllm(**settings: Any) -> Policy:
 POLICIES: dict[str, Callable[..., Policy]] = {"toy": _toy, "server": _server, "transformers": _transformers, "vllm": _vllm}
 
 
-def gpus_of(name: str) -> float:
-    """What a worker with such a policy holds of GPUs: one, where there are any (-1), if its model is in the worker's process; else none."""
-    return -1.0 if name == "transformers" else 0.0
+def gpus_of(name: str, asked: float = -1.0) -> float:
+    """The GPUs that a worker with such a policy holds: as asked; or one, where there are any (-1), if the model is in its process."""
+    return asked if asked >= 0 else -1.0 if name == "transformers" else 0.0
 
 
 def make_policy(name: str, settings: Mapping[str, Any] | None = None) -> Policy:
