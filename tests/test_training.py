@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from rayward import checkpoints
 from rayward.batching import BatchSettings, plan
+from rayward.dataflow.claims import claimed
 from rayward.errors import DataError, ModelError, RaywardError, SettingsError, UserError
 from rayward.fitting import FitSettings, Fitted, fit, prepare
 from rayward.labels import LABELERS
@@ -456,6 +457,14 @@ def test_a_folder_of_something_else_is_refused(pairs: Dataset, tmp_path: Path) -
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(SettingsError, match="is not empty and holds no run"):
         fit(replace(FIT, examples=str(pairs.path)), str(tmp_path))
+
+
+def test_of_two_fits_at_once_one_is_told(pairs: Dataset, tmp_path: Path) -> None:
+    settings = replace(FIT, examples=str(pairs.path))
+    with claimed(tmp_path, tmp_path), pytest.raises(DataError, match=r"another run is making .* at this moment(.|\n)*another --output"):
+        fit(settings, str(tmp_path))
+    assert not (tmp_path / "model").exists()
+    assert fit(settings, str(tmp_path)).model.is_dir()
 
 
 def test_a_tracked_run_that_began_before_the_fit_is_no_stranger(pairs: Dataset, tmp_path: Path) -> None:

@@ -60,8 +60,11 @@ def _locked(stage: Path, output: Place) -> Iterator[None]:
         except OSError:
             pass  # a file system without locks
         if not (stage / LOCK).exists() or not os.path.samestat(os.fstat(lock.fileno()), (stage / LOCK).stat()):
-            raise _taken(output)  # whoever held it has published, and this file went along
-        yield
+            raise _taken(output)  # whoever held it has let go of it, and this file went along
+        try:
+            yield
+        finally:
+            (stage / LOCK).unlink(missing_ok=True)
 
 
 def _taken(output: Place) -> DataError:

@@ -34,6 +34,7 @@ import pyarrow.parquet as pq
 import torch
 
 from rayward import adapters, cluster, places
+from rayward.dataflow.claims import claimed
 from rayward.errors import SettingsError
 from rayward.fitting.placement import Resources
 from rayward.fitting.result import Fitted, kept_best, load_kept, notes_of, tags_of, without_verbosity
@@ -82,7 +83,11 @@ class Prepared:
         return self.folder if self.mirror is None else self.mirror.there
 
     def train(self, report: Report = lambda line: None) -> Fitted:
-        """Train, or go on training, and leave the model in OUTPUT/model."""
+        """Train, or go on training, and leave the model in OUTPUT/model. DataError while another run does so."""
+        with claimed(self.place, self.place):
+            return self._train(report)
+
+    def _train(self, report: Report) -> Fitted:
         folder, mirror, settings, loaded = self.folder, self.mirror, self.settings, self.loaded
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         work = Work(folder, mirror, settings)
