@@ -62,10 +62,15 @@ def connect() -> Iterator[Any]:
     import ray
 
     quiet("ray._private.authentication.authentication_token_setup")
+    address = os.environ.get("RAY_ADDRESS")
+    if "://" in (address or ""):
+        raise SettingsError(
+            f"RAY_ADDRESS={public(address or '')} takes jobs, and programs do not join a cluster there",
+            "send the command as a job: rayward submit NAME ...; or, on a machine of the cluster, RAY_ADDRESS=HOST:6379",
+        )
     if ray.is_initialized():
         yield ray
         return
-    address = os.environ.get("RAY_ADDRESS")
     spoken = bool(os.environ.get("RAYWARD_RAY_LOGS"))  # what workers print; their errors come home in any case
     if address:
         _join(ray, address, log_to_driver=spoken, logging_level=logging.WARNING)
@@ -87,11 +92,6 @@ def connect() -> Iterator[Any]:
 
 def _join(ray: Any, address: str, **how: Any) -> None:
     """Join the cluster at an address; SettingsError with the way out where that cannot be."""
-    if "://" in address:
-        raise SettingsError(
-            f"RAY_ADDRESS={public(address)} takes jobs, and programs do not join a cluster there",
-            "send the command as a job: rayward submit NAME ...; or, on a machine of the cluster, RAY_ADDRESS=HOST:6379",
-        )
     try:
         ray.init(address=address, **how)
     except ConnectionError as error:
