@@ -64,7 +64,7 @@ def test_spearman_is_pearson_of_mean_ranks(values: list[int], rng: random.Random
         assert said == pytest.approx(np.corrcoef(*ranks)[0, 1], abs=1e-9)
 
 
-def test_a_model_of_two_attributes_from_ratings_to_a_report(tmp_path: Path) -> None:
+def test_a_model_of_two_attributes_from_ratings_to_a_report(store: Path, tmp_path: Path) -> None:
     rng = random.Random(0)
     words = ["red", "blue", "green", "cat", "dog", "sun", "moon", "tree"]
     rows = []
@@ -88,7 +88,7 @@ def test_a_model_of_two_attributes_from_ratings_to_a_report(tmp_path: Path) -> N
     done(here("score_rollouts", "--model", folder, "--source", tmp_path / "rollouts", "--output", tmp_path / "scored"))
 
 
-def test_attributes_that_a_model_does_not_know_are_named(tmp_path: Path) -> None:
+def test_attributes_that_a_model_does_not_know_are_named(store: Path, tmp_path: Path) -> None:
     rows = [{"prompt": f"p{n}", "answer": "a b"[: 1 + n % 3], "rewards": {"x": n % 3, "y": n % 2}} for n in range(60)]
     (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, rows)))
     done(here("import_rollouts", "--source", tmp_path / "r.jsonl", "--output", tmp_path / "rollouts"))
