@@ -345,7 +345,12 @@ PRIVATE = re.compile(
 
 @pytest.mark.parametrize(
     "leak",
-    ["/home/jane/rayward", "/root/.ssh/id", "AKIAIOSFODNN7EXAMPLE", "password: correcthorsebattery", "a" * 8 + "0123456789abcdef" * 2],
+    [
+        *("/".join(["", home, "jane", "rayward"]) for home in ("home", "Users", "root", "work")),
+        "AKIAIOSFODNN7EXAMPLE",
+        "password: correcthorsebattery",
+        "a" * 8 + "0123456789abcdef" * 2,
+    ],
 )
 def test_a_leak_would_be_seen(leak: str) -> None:
     assert PRIVATE.search(f"x: {leak}\n")
