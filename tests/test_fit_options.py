@@ -20,6 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import tiny
 from rayward import adapters, checkpoints
 from rayward.adapters import LoraSettings
 from rayward.batching import BatchSettings
@@ -27,7 +28,6 @@ from rayward.checkpoints import Writer
 from rayward.errors import RaywardError, SettingsError
 from rayward.fitting import FitSettings, fit
 from rayward.optimizers import head_parts
-from rayward.rendering import RenderSettings
 from rayward.reward_model import ModelSettings, RewardModel, load_model
 from rayward.storage import Dataset
 from rayward.training import TrainSettings, freeze
@@ -52,17 +52,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 
 def settings_of(examples: Dataset, **changes: Any) -> FitSettings:
-    usual = FitSettings(
-        examples=str(examples.path),
-        model="tiny",
-        objective="auto",
-        net=ModelSettings(width=32),
-        render=RenderSettings(max_length=128),
-        batch=BatchSettings(size=8),
-        train=TRAIN,
-        validation_share=0.2,
-    )
-    return replace(usual, **changes)
+    return replace(tiny.FIT, **{"examples": str(examples.path), "train": TRAIN, **changes})
 
 
 def weights(output: Path) -> dict[str, torch.Tensor]:

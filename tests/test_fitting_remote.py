@@ -22,13 +22,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import tiny
 from rayward import checkpoints, places
-from rayward.batching import BatchSettings
 from rayward.errors import RaywardError, SettingsError
 from rayward.fitting import FitSettings, Fitted, fit, prepare
 from rayward.mirror import Mirror
-from rayward.rendering import RenderSettings
-from rayward.reward_model import ModelSettings
 from rayward.storage import Dataset
 from rayward.training import TrainSettings
 from tiny import toy_dataset
@@ -38,16 +36,7 @@ pytest.importorskip("moto", reason="needs moto[server]")
 torch.set_num_threads(1)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-FIT = FitSettings(
-    examples="",
-    model="tiny",
-    objective="auto",
-    net=ModelSettings(width=32),
-    render=RenderSettings(max_length=128),
-    batch=BatchSettings(size=8),
-    train=TrainSettings(epochs=2, lr=2e-3, log_every=1, validate_every=2, checkpoint_every=3, keep_best=2),
-    validation_share=0.2,
-)
+FIT = replace(tiny.FIT, train=TrainSettings(epochs=2, lr=2e-3, log_every=1, validate_every=2, checkpoint_every=3, keep_best=2))
 
 
 class Crash(Exception):

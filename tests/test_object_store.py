@@ -17,24 +17,23 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import tiny
 from chat_server import ChatServer, judge
 from rayward import evaluation, places, storage
-from rayward.batching import BatchSettings
 from rayward.cli import find_script
 from rayward.dataflow import Engine, claims
 from rayward.dataflow.engine import session
 from rayward.errors import DataError
-from rayward.fitting import FitSettings, fit, open_sides
+from rayward.fitting import fit, open_sides
 from rayward.places import Place, at
 from rayward.policies.asking import Budget, Reply, Spent, VerdictLog
-from rayward.rendering import RenderSettings
-from rayward.reward_model import ModelSettings
 from rayward.storage import Dataset, open_dataset
 from rayward.training import TrainSettings
 from test_dataflow import pipeline, rows_of
@@ -203,16 +202,7 @@ def work_with_models(to: str, model: str, engine: Engine) -> None:
 @pytest.mark.timeout(900)
 def test_what_works_with_models_makes_the_same_at_a_url_on_ray(bucket: Bucket, tmp_path: Path) -> None:
     folder = tmp_path / "model"
-    settings = FitSettings(
-        examples=str(toy_dataset("pairs", tmp_path / "learnt", problems=30).path),
-        model="tiny",
-        objective="auto",
-        net=ModelSettings(width=32),
-        render=RenderSettings(max_length=128),
-        batch=BatchSettings(size=8),
-        train=TrainSettings(epochs=1),
-        validation_share=0.2,
-    )
+    settings = replace(tiny.FIT, examples=str(toy_dataset("pairs", tmp_path / "learnt", problems=30).path), train=TrainSettings(epochs=1))
     places.send(fit(settings, str(folder)).model, f"{bucket.url}/model")
     said = []
     for to, model, engine in ((str(tmp_path), str(folder / "model"), "local"), (bucket.url, f"{bucket.url}/model", "ray")):

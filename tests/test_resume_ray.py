@@ -14,12 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import tiny
 from rayward.batching import BatchSettings
 from rayward.errors import RaywardError
-from rayward.fitting import FitSettings, Resources, fit
+from rayward.fitting import Resources, fit
 from rayward.fitting.placement import choose_gpus, scaling
-from rayward.rendering import RenderSettings
-from rayward.reward_model import ModelSettings
 from rayward.storage import Dataset
 from rayward.training import TrainSettings
 from tiny import toy_dataset
@@ -27,15 +26,10 @@ from tiny import toy_dataset
 torch.set_num_threads(1)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-FIT = FitSettings(
-    examples="",
-    model="tiny",
-    objective="auto",
-    net=ModelSettings(width=32),
-    render=RenderSettings(max_length=128),
+FIT = replace(
+    tiny.FIT,
     batch=BatchSettings(size=8, micro_tokens=400),
     train=TrainSettings(epochs=3, lr=2e-3, log_every=1, validate_every=5, checkpoint_every=4),
-    validation_share=0.2,
 )
 
 

@@ -21,16 +21,17 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 
+import tiny
 from rayward import checkpoints
 from rayward.batching import BatchSettings, plan
 from rayward.dataflow.claims import claimed
 from rayward.errors import DataError, ModelError, RaywardError, SettingsError, UserError
-from rayward.fitting import FitSettings, Fitted, fit, prepare
+from rayward.fitting import Fitted, fit, prepare
 from rayward.labels import LABELERS
 from rayward.metrics import Mean
 from rayward.objectives import make_objective
 from rayward.records import Example
-from rayward.rendering import Groups, RenderSettings
+from rayward.rendering import Groups
 from rayward.reward_model import ModelSettings, RewardModel, load_model, save_model, tiny_model, word_tokenizer
 from rayward.storage import Dataset
 from rayward.training import Run, Team, TrainSettings, make_optimizer, train, validate
@@ -374,16 +375,7 @@ def test_every_kind_of_label_is_learned(kind: str, problems: int, epochs: int, l
 
 # ------------------------------------------------------------------------------------------------------------ the whole fit
 
-FIT = FitSettings(
-    examples="",
-    model="tiny",
-    objective="auto",
-    net=ModelSettings(width=32),
-    render=RenderSettings(max_length=128),
-    batch=BatchSettings(size=8),
-    train=TrainSettings(epochs=2, lr=2e-3, log_every=1, validate_every=4, checkpoint_every=3),
-    validation_share=0.2,
-)
+FIT = replace(tiny.FIT, train=TrainSettings(epochs=2, lr=2e-3, log_every=1, validate_every=4, checkpoint_every=3))
 
 
 @pytest.fixture(scope="module")

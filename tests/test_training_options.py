@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import tiny
 from rayward import checkpoints
 from rayward.adapters import LoraSettings
 from rayward.batching import BatchSettings
@@ -19,7 +20,7 @@ from rayward.errors import Interrupted, ModelError, SettingsError
 from rayward.fitting import FitSettings, fit
 from rayward.objectives import make_objective
 from rayward.optimizers import depth_of, layers_of, lr_share, parameter_groups
-from rayward.rendering import Groups, RenderSettings
+from rayward.rendering import Groups
 from rayward.reward_model import ModelSettings, load_model, score_groups, tiny_model
 from rayward.scoring import Scorer
 from rayward.storage import Dataset
@@ -183,17 +184,7 @@ def test_a_run_with_an_average_goes_on_after_a_crash_as_if_nothing_had_been(side
 
 
 def fit_settings(examples: Dataset, **changes: Any) -> FitSettings:
-    usual = FitSettings(
-        examples=str(examples.path),
-        model="tiny",
-        objective="auto",
-        net=NET,
-        render=RenderSettings(max_length=128),
-        batch=BatchSettings(size=8),
-        train=TRAIN,
-        validation_share=0.2,
-    )
-    return replace(usual, **changes)
+    return replace(tiny.FIT, **{"examples": str(examples.path), "net": NET, "train": TRAIN, **changes})
 
 
 @pytest.fixture(scope="module")

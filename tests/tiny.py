@@ -16,21 +16,26 @@ import pyarrow as pa
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from rayward import dataflow, labels
+from rayward.batching import BatchSettings
 from rayward.dataflow import Recipe
+from rayward.fitting import FitSettings
 from rayward.labels import LABELERS
 from rayward.policies import ToyPolicy
 from rayward.records import Example, Message, Rejected, Rollout, examples_table
 from rayward.rendering import Group, Groups, Renderer, RenderSettings, write_groups
+from rayward.reward_model import ModelSettings
 from rayward.sampling import SampleSettings, sample, sample_problems, toy_problem
 from rayward.storage import Dataset, Manifest, open_dataset, part_of, schema_of, whole_digest, write_part
 from rayward.toy_world import ToyWorld
+from rayward.training import TrainSettings
 
 # ------------------------------------------------------------------------------------------------------------------ bodies
 
 VOCABULARY = 96  # tokens that random bodies know
+WORDS = 420  # tokens of byte_tokenizer
 
 _MARKS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _USUAL = {
@@ -158,7 +163,7 @@ def byte_tokenizer(chat_template: str | None = CHATML, **tokens: Any) -> PreTrai
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|pad|>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=WORDS, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(TEXT * 3, trainer)
     tokenizer.post_processor = _marks(tokenizer, "<s> $A")
     return PreTrainedTokenizerFast(
@@ -168,6 +173,21 @@ def byte_tokenizer(chat_template: str | None = CHATML, **tokens: Any) -> PreTrai
         clean_up_tokenization_spaces=False,
         **{"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<|pad|>", **tokens},
     )
+
+
+def language_model(folder: Path, kind: str = "qwen3", tied: bool = False, **changes: Any) -> Any:
+    """A random causal language model with byte_tokenizer, as it comes from the hub."""
+    usual = BODIES["llama" if kind == "phi" else kind]
+    longer = {"n_positions" if kind == "gpt2" else "max_position_embeddings": 512}
+    config = AutoConfig.for_model(kind, vocab_size=WORDS, **{**usual, **longer, "tie_word_embeddings": tied, **changes})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            nn.init.normal_(weight, mean=1.0 if "norm" in name else 0.0, std=0.25)
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return model
 
 
 def wordpiece_tokenizer() -> PreTrainedTokenizerFast:
@@ -209,6 +229,18 @@ def toy_examples(kind: str, problems: int, seed: int = 0, answers: int = 8) -> l
     chosen = labels.PairSettings("adjacent") if kind == "pairs" else LABELERS[kind].settings()
     made = [e for rollouts in toy_rollouts(problems, seed, **more) for e in LABELERS[kind].label(rollouts, chosen)]
     return [e for e in made if isinstance(e, Example)]
+
+
+FIT = FitSettings(  # what tests fit: a decoder of width 32 on examples of the toy world, a fifth of the prompts held out
+    examples="",
+    model="tiny",
+    objective="auto",
+    net=ModelSettings(width=32),
+    render=RenderSettings(max_length=128),
+    batch=BatchSettings(size=8),
+    train=TrainSettings(),
+    validation_share=0.2,
+)
 
 
 def toy_dataset(kind: str, folder: Path, problems: int, seed: int = 0) -> Dataset:
