@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from driving import done, here
 from rayward import registry, vocabulary
@@ -23,27 +22,24 @@ from rayward.records import Example, Message, Rejected
 from rayward.rendering import Group, Renderer, RenderSettings
 from rayward.reward_model import ModelSettings, load_model, register_tag, save_model, score_groups
 from rayward.scoring import Scorer
-from tiny import BODIES, CHATML, byte_tokenizer, example, question, rendered, sequences, toy_dataset, toy_rollouts, wordpiece_tokenizer
+from tiny import (
+    CHATML,
+    WORDS,
+    byte_tokenizer,
+    example,
+    language_model,
+    question,
+    rendered,
+    sequences,
+    toy_dataset,
+    toy_rollouts,
+    wordpiece_tokenizer,
+)
 
 torch.set_num_threads(1)
-WORDS = 420  # of byte_tokenizer
 ASKED = "Is the answer correct? Yes or No."
 WHOLE = "Question: {prompt}\n\nSolution: {answer}\n\nIs it right? + or -"
 THOUGHTLESS = CHATML.replace("m['content']", "(m['content'].split('</think>')[-1] if not loop.last else m['content'])")
-
-
-def language_model(folder: Path, kind: str = "qwen3", tied: bool = False, **changes: Any) -> Any:
-    """A random causal language model as it comes from the hub."""
-    longer = {"n_positions" if kind == "gpt2" else "max_position_embeddings": 512}
-    config = AutoConfig.for_model(kind, vocab_size=WORDS, **{**BODIES[kind], **longer, "tie_word_embeddings": tied, **changes})
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            nn.init.normal_(weight, mean=1.0 if "norm" in name else 0.0, std=0.25)
-    model.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return model
 
 
 def answers(count: int = 3) -> Example:

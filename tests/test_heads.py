@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from torch import Tensor
+from transformers import AutoModel, AutoModelForSequenceClassification
 
 from driving import RAYWARD, done, here
 from rayward import checkpoints, labels
@@ -34,11 +34,12 @@ from rayward.reward_model import ModelSettings, RewardModel, autocast, load_mode
 from rayward.scoring import Scorer
 from rayward.storage import open_dataset
 from tiny import (
-    BODIES,
+    WORDS,
     byte_tokenizer,
     classifier,
     dataset_of,
     example,
+    language_model,
     question,
     random_group,
     rendered,
@@ -51,7 +52,6 @@ from tiny import (
 
 torch.set_num_threads(1)
 PROPERTY = settings(deadline=None, max_examples=30)
-WORDS = 420  # of byte_tokenizer
 FREE = [kind for kind, entry in KINDS.items() if not entry.tied]  # those with weights of their own; the others: test_generative.py
 HELPFUL = ("helpful", "short", "true")
 SMALL = [w for s in ("net.width=32", "net.layers=1", "render.max_length=160", "train.lr=2e-3", "batch.size=16") for w in ("--set", s)]
@@ -231,20 +231,6 @@ def test_weights_that_cannot_weigh_are_refused(kind: str, weights: str, word: st
 # -------------------------------------------------------------------------------------------- heads that start from tokens
 
 TOKENS = {"scalar": "+ -", "two_class": "+ -", "three_class": "+ = -"}
-
-
-def language_model(folder: Path, kind: str, tied: bool = False, **changes: Any) -> Any:
-    """A random causal language model as it comes from the hub."""
-    known = {"phi": BODIES["llama"]}.get(kind) or BODIES[kind]
-    config = AutoConfig.for_model(kind, vocab_size=WORDS, **{**known, "tie_word_embeddings": tied, **changes})
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            nn.init.normal_(weight, mean=1.0 if "norm" in name else 0.0, std=0.25)
-    model.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return model
 
 
 @pytest.mark.parametrize("tied", [False, True])

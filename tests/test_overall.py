@@ -23,6 +23,7 @@ from torch import Tensor
 from rayward.batching import BatchSettings, collate
 from rayward.errors import ModelError, SettingsError
 from rayward.fitting import FitSettings, fit, prepare
+from rayward.objectives import make_objective
 from rayward.records import Example
 from rayward.rendering import Group, RenderSettings
 from rayward.reward_model import (
@@ -342,7 +343,12 @@ def test_gradients_reach_the_gate_and_no_masked_place(tmp_path: Path) -> None:
     model = combined(tmp_path, "gate", "tokens")
     batch = collate([GROUPS], shared=True)
     output_GKC = model.outputs(batch)
+    output_GKC.retain_grad()
     score_GK = model.reading.pick(output_GKC, batch.column_GK)
-    score_GK[batch.mask_GK].sum().backward()
+    make_objective("squared_error").of(batch, score_GK, output_GKC, len(NAMES)).sum().backward()
+    assert output_GKC.grad is not None
+    assert not batch.mask_GK.all()
+    assert output_GKC.grad[batch.mask_GK].any()
+    assert not output_GKC.grad[~batch.mask_GK].any()
     weights: list[Tensor] = list(getattr(model.classifier, OVERALL).parameters())
     assert all(w.grad is not None and w.grad.isfinite().all() and w.grad.any() for w in weights)

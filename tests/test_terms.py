@@ -21,7 +21,7 @@ from rayward.objectives import make_objective
 from rayward.rendering import Group
 from rayward.reward_model import ModelSettings, RewardModel, load_model, save_model
 from rayward.terms import TERMS, Heard, balance, language
-from tiny import BODIES, byte_tokenizer, classifier, random_group, sequences
+from tiny import byte_tokenizer, classifier, language_model, random_group, sequences
 
 torch.set_num_threads(1)
 USUAL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
@@ -173,14 +173,7 @@ def test_balance_teaches_routers_to_spread() -> None:
 
 
 def with_language(folder: Path, tied: bool, kind: str = "scalar") -> tuple[RewardModel, Any]:
-    config = AutoConfig.for_model("qwen3", vocab_size=420, **{**BODIES["qwen3"], "tie_word_embeddings": tied})
-    torch.manual_seed(0)
-    plain = AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for weight in plain.parameters():
-            nn.init.normal_(weight, mean=float(weight.ndim < 2), std=0.2)
-    plain.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    plain = language_model(folder, tied=tied)
     return load_model(str(folder), ModelSettings(head=kind, new_head=True, language=True)).model, plain
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from rayward.rendering import Group
 
 AT_ONCE = 4096  # tokens
-ANSWERS = 1 << 12  # segment ids: group in row * ANSWERS + answer, 0 for the prompt; -1 is padding
+ANSWERS = 1 << 12  # segment ids: group * ANSWERS + answer, 0 for the prompt; -1 is padding
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,7 @@ class Batch:
     count_GK: Tensor  # float32; verdicts behind a target
     length_GK: Tensor  # float32; tokens of the answer that a place is in
     column_GK: Tensor  # int64; which output of the head a target is about, -1: the score that is made of all of them
-    group_BT: Tensor  # int64; which example a token belongs to, -1: padding
-    answer_BT: Tensor  # int64; which of its answers it is in, from 1; 0: the prompt, or padding
+    owner_BT: Tensor  # int64; group * ANSWERS + answer of every token, also where an answer is a row of its own; -1: padding
     prompt_GK: Tensor  # int64; flat index of the last token of the prompt in front of a place
 
     def to(self, device: torch.device | str) -> Batch:
@@ -74,10 +73,20 @@ class Batch:
         return int((self.segment_BT >= 0).sum())
 
     @property
+    def group_BT(self) -> Tensor:
+        """Which example a token belongs to, -1: padding."""
+        return self.owner_BT // ANSWERS
+
+    @property
+    def answer_BT(self) -> Tensor:
+        """Which of its example's answers a token is in, from 1; 0: the prompt, or padding."""
+        return self.owner_BT.clamp(min=0) % ANSWERS
+
+    @property
     def prompted_GK(self) -> Tensor:
         """Whether a place has a prompt in front, of a token at least."""
         own_G1 = torch.arange(len(self.prompt_GK), device=self.prompt_GK.device).unsqueeze(-1)
-        return self.group_BT.flatten()[self.prompt_GK] == own_G1
+        return self.owner_BT.flatten()[self.prompt_GK] == own_G1 * ANSWERS
 
     def answer_GKT(self) -> Tensor:
         """Flat index of every token of the answer that a place is in, -1 behind its end and for masked places; T of the longest answer."""
@@ -186,8 +195,8 @@ def collate(rows: Sequence[Sequence[Group]], shared: bool) -> Batch:
                 start += len(group.token_T)
             token.append(np.concatenate([g.token_T for g in row]))
             position.append(np.concatenate([_positions(g) for g in row]))
-            segment.append(np.concatenate([_segments(g, n) for n, g in enumerate(row)]))
             owner.append(np.concatenate([_segments(g, number + n) for n, g in enumerate(row)]))
+            segment.append(owner[-1])
             number += len(row)
             continue
         for group in row:
@@ -204,10 +213,10 @@ def collate(rows: Sequence[Sequence[Group]], shared: bool) -> Batch:
             places.append((first_row + answer, group.place_K - ends[answer] + prompt, np.full(len(answer), prompt - 1)))
     B, T = len(token), max(map(len, token))
     token_BT, position_BT, segment_BT = np.zeros((B, T), np.int64), np.zeros((B, T), np.int64), np.full((B, T), -1, np.int64)
-    group_BT, answer_BT = np.full((B, T), -1, np.int64), np.zeros((B, T), np.int64)
+    owner_BT = np.full((B, T), -1, np.int64)
     for b, (ids, at, who, whose) in enumerate(zip(token, position, segment, owner, strict=True)):
-        token_BT[b, : len(ids)], position_BT[b, : len(ids)], segment_BT[b, : len(ids)] = ids, at, who
-        group_BT[b, : len(ids)], answer_BT[b, : len(ids)] = whose // ANSWERS, whose % ANSWERS
+        for made, of_row in ((token_BT, ids), (position_BT, at), (segment_BT, who), (owner_BT, whose)):
+            made[b, : len(ids)] = of_row
     G = len(groups)
     place_GK, target_GK, mask_GK = np.zeros((G, K), np.int64), np.zeros((G, K), np.float32), np.zeros((G, K), bool)
     count_GK, length_GK, column_GK = np.zeros((G, K), np.float32), np.zeros((G, K), np.float32), np.full((G, K), -1, np.int64)
@@ -222,7 +231,7 @@ def collate(rows: Sequence[Sequence[Group]], shared: bool) -> Batch:
             column_GK[g, :k] = group.column_K
     weight_G = np.array([g.weight for g in groups], np.float32)
     of_places = (place_GK, target_GK, mask_GK, weight_G, count_GK, length_GK, column_GK)
-    return Batch(*map(torch.from_numpy, (token_BT, position_BT, segment_BT, *of_places, group_BT, answer_BT, prompt_GK)))
+    return Batch(*map(torch.from_numpy, (token_BT, position_BT, segment_BT, *of_places, owner_BT, prompt_GK)))
 
 
 def _positions(group: Group) -> np.ndarray:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import ipaddress
 import os
 import secrets
 import urllib.error
@@ -23,13 +22,15 @@ import urllib.request
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from http.client import HTTPException
 from typing import Any, Literal
 
 from rayward import cluster, places, registry
 from rayward.cluster import nodes, probes
+from rayward.cluster.dashboard import host_of, loopback
 from rayward.cluster.nodes import Node, Silence
 from rayward.config import public
-from rayward.errors import RaywardError
+from rayward.errors import RaywardError, RegistryError
 
 Verdict = Literal["green", "yellow", "red"]
 Answers = Mapping[str, Any]  # of every node by its name; a Silence where it gave none
@@ -101,10 +102,10 @@ def _reach(address: str) -> Finding:
     if not address:
         return Finding("Ray", "red", "no cluster is named, and none was started on this machine", START + "  (a laptop alone needs none)")
     if "://" in address:
-        way_out = f"name the head: rayward cluster check --address {urllib.parse.urlsplit(address).hostname or 'HOST'}:6379"
+        way_out = f"name the head: rayward cluster check --address {host_of(address.partition('://')[2]) or 'HOST'}:6379"
         return Finding("Ray", "red", f"{public(address)}: nodes are asked through the head, not the Jobs API or Ray Client", way_out)
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
+    if not host or not port.isdecimal():
         return Finding("Ray", "red", f"{address} is no address", "write HOST:PORT, e.g. 10.0.0.4:6379")
     said = probes.reach(host.strip("[]"), int(port))
     if said != "200":
@@ -132,9 +133,9 @@ def _tracking(awake: Sequence[Node], limit_s: float) -> Finding:
     """Ask the tracking server from here and from every node."""
     try:
         uri = registry.tracking_uri()
-    except RaywardError as error:
-        return Finding("MLflow", "red", str(error).splitlines()[0], getattr(error, "way_out", ""))
-    return tracking(uri, {"here": _ask_tracking(uri), **_ask_tracking_from(uri, awake, limit_s)})
+        return tracking(uri, {"here": _ask_tracking(uri), **_ask_tracking_from(uri, awake, limit_s)})
+    except RegistryError as error:
+        return Finding("MLflow", "red", error.what, error.way_out)
 
 
 def _on_cluster(address: str, store: str, limit_s: float) -> Report:
@@ -235,7 +236,6 @@ def clocks(offsets: Mapping[str, tuple[float, float]]) -> Finding:
     ahead = {"here": (0.0, 0.0), **offsets}
     first, last = min(ahead, key=lambda name: ahead[name][0]), max(ahead, key=lambda name: ahead[name][0])
     apart, bound = ahead[last][0] - ahead[first][0], ahead[last][1] + ahead[first][1]
-    within = max(offset for offset, _ in ahead.values()) - min(offset for offset, _ in ahead.values())
     bound = max(bound, max(b for _, b in ahead.values()))
     if apart - bound > SKEW_S:
         says = f"{last} is {apart:.2f} s ahead of {first} (give or take {bound:.3f} s)"
@@ -245,7 +245,7 @@ def clocks(offsets: Mapping[str, tuple[float, float]]) -> Finding:
             says,
             "run a time service (chrony, systemd-timesyncd) on every node",
         )
-    return Finding("clocks", "green", f"within {within * 1000:.1f} ms of each other (give or take {bound * 1000:.1f} ms)")
+    return Finding("clocks", "green", f"within {apart * 1000:.1f} ms of each other (give or take {bound * 1000:.1f} ms)")
 
 
 def storage(store: str, trouble: Mapping[str, str], asked: int) -> Finding:
@@ -291,7 +291,7 @@ def door(what: str, port: int, answers: Answers) -> Finding:
     known = {name: said for name, said in answers.items() if not isinstance(said, Silence) and said["listens"]}
     if not known:
         return Finding(what, "yellow", f"nothing listens at port {port}", "start the head with --include-dashboard=true to submit jobs")
-    beyond = {name: [host for host in said["listens"] if not _loopback(host)] for name, said in known.items()}
+    beyond = {name: [host for host in said["listens"] if not loopback(host)] for name, said in known.items()}
     if mute := [name for name, said in known.items() if not said["without"]]:
         return Finding(what, "yellow", f"port {port} takes connections on {', '.join(mute)} and says nothing", "see the log of the head")
     open_ = [name for name, said in known.items() if said["without"] not in REFUSED]
@@ -309,16 +309,9 @@ def door(what: str, port: int, answers: Answers) -> Finding:
     return Finding(what, "green", f"port {port}{on}, {reachable}: refuses without the token, answers with it")
 
 
-def _loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a name
-        return host == "localhost"
-
-
 def head_door(address: str, stranger: str, listens: Sequence[str]) -> Finding:
     """The same for the head itself, through which tasks are started; `stranger` is what it says to one without a token."""
-    beyond = [host for host in listens if not _loopback(host)] or not listens  # unheard is not safe
+    beyond = [host for host in listens if not loopback(host)] or not listens  # unheard is not safe
     if stranger == "refused":
         return Finding("head", "green", f"{address}: refuses without the token")
     if stranger != "answered":
@@ -333,7 +326,7 @@ def head_door(address: str, stranger: str, listens: Sequence[str]) -> Finding:
 
 def _doors(address: str, awake: Sequence[Node], stranger: str, limit_s: float) -> list[Finding]:
     """The Jobs API, the agents that take jobs on every node, and the head."""
-    _, url = nodes.addresses()
+    url = nodes.dashboard_url()
     head = [node for node in awake if node.head]
     told = {node.name: {"host": node.address} for node in awake}
     port = int(url.rpartition(":")[2] or 8265)
@@ -397,11 +390,10 @@ def _exchange(store: str, awake: Sequence[Node], limit_s: float) -> tuple[dict[s
 
 def _ask_tracking(uri: str) -> str:
     """What the tracking server says to this machine, with its credentials; they are not sent anywhere else."""
-    parts = urllib.parse.urlsplit(uri)
-    if parts.scheme not in ("http", "https"):
-        return probes.reach(parts.hostname, _port(parts)) if parts.hostname else "200"
-    user = parts.username or os.environ.get("MLFLOW_TRACKING_USERNAME") or ""
-    password = parts.password or os.environ.get("MLFLOW_TRACKING_PASSWORD") or ""
+    if not registry.is_server(uri):
+        host, port = _database(uri)
+        return probes.reach(host, port) if host else "200"
+    user, password = (os.environ.get(f"MLFLOW_TRACKING_{name}") or "" for name in ("USERNAME", "PASSWORD"))
     token = os.environ.get("MLFLOW_TRACKING_TOKEN")
     words = "Bearer " + token if token else "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
     url = public(uri).rstrip("/") + "/api/2.0/mlflow/experiments/search?max_results=1"
@@ -410,19 +402,29 @@ def _ask_tracking(uri: str) -> str:
         return str(urllib.request.urlopen(asked, timeout=10).status)
     except urllib.error.HTTPError as error:
         return str(error.code)
-    except OSError as error:
+    except (OSError, HTTPException, UnicodeError) as error:
         return str(getattr(error, "reason", error))
 
 
-def _port(parts: urllib.parse.SplitResult) -> int:
-    return parts.port or PORTS.get(parts.scheme.partition("+")[0], 5432)
+def _database(uri: str) -> tuple[str, int]:
+    """Host and port of a database; no host where it is a file.
+
+    >>> _database("mysql+pymysql://u:p/w@db/mlflow"), _database("postgresql://db:5433/mlflow"), _database("sqlite:///mlflow.db")
+    (('db', 3306), ('db', 5433), ('', 5432))
+    """
+    parts = urllib.parse.urlsplit(public(uri))
+    try:
+        port = parts.port
+    except ValueError:
+        raise RegistryError(f"{public(uri)} names no port that can be", "write HOST:PORT with a number, or leave the port out") from None
+    return parts.hostname or "", port or PORTS.get(parts.scheme.partition("+")[0], 5432)
 
 
 def _ask_tracking_from(uri: str, awake: Sequence[Node], limit_s: float) -> dict[str, Any]:
     """What it says to every node."""
-    parts = urllib.parse.urlsplit(uri)
-    if parts.scheme in ("http", "https"):
+    if registry.is_server(uri):
         return nodes.on_each(awake, probes.get, limit_s, url=public(uri).rstrip("/") + "/health")
-    if parts.hostname:
-        return nodes.on_each(awake, probes.reach, limit_s, host=parts.hostname, port=_port(parts))
+    host, port = _database(uri)
+    if host:
+        return nodes.on_each(awake, probes.reach, limit_s, host=host, port=port)
     return {node.name: "200" for node in awake}

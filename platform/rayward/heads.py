@@ -131,10 +131,12 @@ def _three_class(output_GKC: Tensor, reading: Reading) -> Tensor:
 
 
 def _one_score(output_GKC: Tensor, reading: Reading) -> Tensor:
-    if reading.combined:
-        return output_GKC[..., -1]
-    weighed = [w * output_GKC[..., n] for n, w in enumerate(reading.weights)]  # no matrix product: autocast would round it
-    return torch.stack(weighed, -1).sum(-1)
+    return output_GKC[..., -1] if reading.combined else weighted_mean(output_GKC, reading)
+
+
+def weighted_mean(rating_GKA: Tensor, reading: Reading) -> Tensor:
+    """score_GK: the attributes by their fixed weights; no matrix product, which autocast would round."""
+    return (rating_GKA * rating_GKA.new_tensor(reading.weights)).sum(-1)
 
 
 KINDS: dict[str, Kind] = {

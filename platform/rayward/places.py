@@ -42,7 +42,7 @@ LAST = ("manifest.json", "state.json", "report.json", "config.json")  # files th
 CARRIED = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION", "AWS_REGION")  # what workers are told: no secrets
 ASIDE = ".landing-"  # folders that files are written in before they are renamed
 UNUSED_S = 24 * 3600.0  # seconds for which a copy stays in the cache, however full that is
-_URL = re.compile(r"[a-z][a-z0-9+]*://")
+_URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+]*://")
 
 
 class File(NamedTuple):

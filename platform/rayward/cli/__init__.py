@@ -134,7 +134,7 @@ def quickstart(context: typer.Context) -> None:
 
 @app.command(short_help="The MLflow UI: runs, metrics, reports, models.")
 def ui(
-    port: Annotated[int, typer.Option(help="port on this machine")] = 5000,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="port on this machine")] = 5000,
     host: Annotated[str, typer.Option(help="address to listen on; the server has no password")] = "127.0.0.1",
     browse: Annotated[bool, typer.Option("--open/--no-open", help="open it in a browser")] = True,
 ) -> None:

@@ -9,6 +9,7 @@ rayward jobs stop ID                  stop it; the same `rayward submit` goes on
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import time
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from rayward.errors import SettingsError
 
 if TYPE_CHECKING:
     from rayward.cluster.dashboard import Target
@@ -86,6 +89,8 @@ def submit_with(find_script: Callable[[str], Path], folders: Callable[[], list[P
         """Run a pipeline or a job on a cluster: rayward submit [OPTIONS] NAME [the script's options]."""
         from rayward.cluster import jobs
 
+        if math.inf in (cpus, gpus, memory):
+            raise SettingsError("no machine has endlessly much", "give --cpus, --gpus and --memory (GiB) as numbers")
         script = find_script(name)
         words = context.args
         if {"--help", "-h", "--dry-run"} & set(words):
@@ -144,14 +149,17 @@ def _resolve(script: Path, words: list[str]) -> dict[str, Any]:
     """The settings that the script makes of its words, before anything is sent: its own mistakes are said here."""
     import yaml
 
-    if "command(main)" not in script.read_text(encoding="utf-8"):
+    if b"command(main)" not in script.read_bytes():
         return {}  # not one of ours, and not made like one
     said = subprocess.run([sys.executable, str(script), *words, "--dry-run"], capture_output=True, text=True)
     if said.returncode:
         sys.stdout.write(said.stdout)
         sys.stderr.write(said.stderr)
         sys.exit(said.returncode)
-    settings = yaml.safe_load(said.stdout)
+    try:
+        settings = yaml.safe_load(said.stdout)
+    except yaml.YAMLError:  # a script that says more than its settings
+        return {}
     return settings if isinstance(settings, dict) else {}
 
 

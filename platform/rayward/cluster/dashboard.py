@@ -19,6 +19,7 @@ rayward.errors.SettingsError: RAY_ADDRESS=head:6379 is where programs join a clu
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import os
 import re
@@ -75,14 +76,14 @@ def check_url(address: str, said_by: str) -> str:
         if "@" in rest.partition("/")[0]:
             raise SettingsError(f"{said_by}={public(address)} came with a password", "leave it out; tokens go into RAY_AUTH_TOKEN")
         try:
-            named = urlsplit(address).hostname is not None and urlsplit(address).port != 0
+            named = bool((urlsplit(address).hostname or "").encode("idna")) and urlsplit(address).port != 0
         except ValueError:
             named = False
         if named:
             return address
         raise SettingsError(f"{said_by}={address} names no machine", f"write http://HOST:{DASHBOARD_PORT}")
     shown = public(address)
-    host = _host(rest if found else address)
+    host = host_of(rest if found else address)
     if not found and re.fullmatch(r"(\[[0-9A-Fa-f:]+\]|[^:/]+)(:\d+)?", address) and address not in ("auto", "local"):
         if address.endswith(f":{DASHBOARD_PORT}"):
             raise SettingsError(f"{said_by}={shown} does not say how to speak to it", f"write http://{address}")
@@ -94,10 +95,10 @@ def check_url(address: str, said_by: str) -> str:
     raise SettingsError(f"{said_by}={shown} is not the URL of a dashboard", f"jobs are sent over http(s)://, e.g. --address {where}")
 
 
-def _host(address: str) -> str:
+def host_of(address: str) -> str:
     """The machine of an address, as it stands in a URL.
 
-    >>> _host("head:6379"), _host("[fd00::2]:6379"), _host("me:word@head:10001/x")
+    >>> host_of("head:6379"), host_of("[fd00::2]:6379"), host_of("me:word@head:10001/x")
     ('head', '[fd00::2]', 'head')
     """
     where = address.partition("/")[0].rpartition("@")[2]
@@ -144,7 +145,7 @@ def headers() -> dict[str, str]:
     loader = AuthenticationTokenLoader.instance()
     loader.reset_cache()
     try:
-        return dict(loader.get_token_for_http_header(ignore_auth_mode=True))
+        found = dict(loader.get_token_for_http_header(ignore_auth_mode=True))
     except AuthenticationError as error:
         raise SettingsError(
             f"the cluster's token cannot be read: {str(error).splitlines()[0]}",
@@ -152,6 +153,11 @@ def headers() -> dict[str, str]:
         ) from None
     finally:
         loader.reset_cache()  # or a cluster that this process starts later would be met with this token
+    if not all(value.isascii() and value.isprintable() for value in found.values()):
+        raise SettingsError(
+            "the cluster's token holds characters that no request can carry", "copy it again: one line of plain letters and digits"
+        )
+    return found
 
 
 def _kept_at_home() -> bool:
@@ -201,8 +207,19 @@ def _protected(url: str) -> bool:
     >>> [_protected(url) for url in ("https://head", "http://127.0.0.1:8265", "http://[::1]:8265", "http://localhost", "http://head:8265")]
     [True, True, True, True, False]
     """
-    host = urlsplit(url).hostname or ""
-    return url.startswith("https://") or host in ("localhost", "::1") or re.fullmatch(r"127(\.\d+){3}", host) is not None
+    return url.startswith("https://") or loopback(urlsplit(url).hostname or "")
+
+
+def loopback(host: str) -> bool:
+    """Whether a host is this machine, and what is sent there never leaves it.
+
+    >>> loopback("127.0.0.2"), loopback("::1"), loopback("localhost"), loopback("10.0.0.4")
+    (True, True, True, False)
+    """
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return host == "localhost"
 
 
 def _past_proxies(url: str) -> None:
@@ -223,7 +240,7 @@ def _get(url: str, path: str, carried: dict[str, str]) -> dict[str, Any]:
     try:
         answer = requests.get(url + path, headers=carried, timeout=ANSWER_S, allow_redirects=False)
     except (requests.exceptions.SSLError, requests.exceptions.InvalidURL) as error:
-        plain = f"http://{_host(url.partition('://')[2])}:{urlsplit(url).port or DASHBOARD_PORT}"
+        plain = f"http://{host_of(url.partition('://')[2])}:{urlsplit(url).port or DASHBOARD_PORT}"
         way_out = f"Ray's own dashboard speaks http: --address {plain}"
         raise SettingsError(f"{url} cannot be spoken to: {type(error).__name__}", way_out) from None
     except requests.exceptions.RequestException:

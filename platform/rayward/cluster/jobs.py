@@ -128,7 +128,7 @@ def describe(
     if missing := [path for path in configs.values() if not path.is_file()]:
         raise SettingsError(f"--config {missing[0]} cannot be read: there is no such file", "give a file of `name: value` lines")
     visibility.check_public(words)
-    shared = tuple(path.expanduser().absolute() for path in request.shared)
+    shared = tuple(Path(os.path.expanduser(path)).absolute() for path in request.shared)
     environment, private = _environment(request.env, here)
     if not here:
         visibility.check_seen(words, configs.values(), resolved, shared)
@@ -138,6 +138,8 @@ def describe(
     beside, asked_for = (shipping.extra_files(paths) for paths in (shipping.imported(script), request.ship))
     mine = shipping.joined({script.name: script}, beside, configs, asked_for)
     where = {name: public(value) for name, value in (environment | private).items() if name in MEANT} | {"folder": folder}
+    files = {**package, **mine}
+    shipping.size_of(files)  # before they are read
     digest = shipping.digest_of(words, mine, where)
     named = [value for _, value in visibility.told(words)] + [str(value) for value in flatten(resolved).values()]
     needs_store = not folder and "RAYWARD_STORE" not in where and any(value.startswith("store:") for value in named)
@@ -146,7 +148,7 @@ def describe(
         name=f"{re.sub(r'[^A-Za-z0-9_]', '_', script.stem)}-{digest}",
         words=tuple(heard),
         script=script.name,
-        files={**package, **mine},
+        files=files,
         folder=folder,
         python=request.python or (sys.executable if here else "python"),
         visible=environment,
@@ -246,7 +248,6 @@ def send(target: Target, job: Job) -> tuple[str, bool]:
     running = [info for _, info in before if info.status not in ENDED]
     if running:
         return running[-1].submission_id, False
-    shipping.size_of(job.files)
     if job.python == sys.executable:
         _check_version(target)
     job_id = f"{job.name}-{before[-1][0] + 1 if before else 1}"
@@ -290,7 +291,7 @@ def _numbered(target: Target, name: str) -> list[tuple[int, Any]]:
     found = []
     for info in target.client.list_jobs():
         stem, _, number = (info.submission_id or "").rpartition("-")
-        if stem == name and number.isdigit():
+        if stem == name and number.isdecimal():
             found.append((int(number), info))
     return sorted(found, key=lambda pair: pair[0])
 

@@ -91,15 +91,11 @@ def alive() -> list[Node]:
     return sorted(found, key=lambda node: (not node.head, node.name))
 
 
-def addresses() -> tuple[str, str]:
-    """host:port of the head, and of the dashboard and its Jobs API (nothing where there is none)."""
-    import ray
-
-    context = ray.get_runtime_context()
+def dashboard_url() -> str:
+    """host:port of the dashboard and its Jobs API (nothing where there is none)."""
     from ray.experimental.internal_kv import _internal_kv_get
 
-    url = _internal_kv_get("webui:url", namespace="dashboard") or b""
-    return context.gcs_address, url.decode()
+    return str((_internal_kv_get("webui:url", namespace="dashboard") or b"").decode())
 
 
 def on_each(

@@ -129,7 +129,7 @@ def get(url: str) -> str:
         return str(urllib.request.urlopen(url, timeout=10).status)
     except urllib.error.HTTPError as error:
         return str(error.code)
-    except (OSError, HTTPException) as error:
+    except (OSError, HTTPException, UnicodeError) as error:
         return str(getattr(error, "reason", error))
 
 
@@ -137,6 +137,6 @@ def reach(host: str, port: int) -> str:
     """`200` where a TCP port takes connections, or why it does not."""
     try:
         socket.create_connection((host, port), timeout=3).close()
-    except OSError as error:
+    except (OSError, OverflowError, UnicodeError) as error:  # the last two: of a name or a port that is none
         return str(error)
     return "200"

@@ -54,11 +54,13 @@ def read_launcher_file(file: str) -> dict[str, Any]:
     try:
         with open(file, encoding="utf-8") as opened:
             config = yaml.safe_load(opened)
-        _ = config["provider"]["type"]
+        _ = config["provider"]["type"], dict(config.get("auth") or {}), list(config.get("head_start_ray_commands") or [])
     except OSError as error:
         raise SettingsError(f"--cluster {file} cannot be read: {error.strerror}", "give the file that `ray up` took") from None
-    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):
-        raise SettingsError(f"{file} is not a file of Ray's cluster launcher: it names no provider.type", "see cluster.yaml") from None
+    except (yaml.YAMLError, ValueError, KeyError, TypeError):
+        raise SettingsError(
+            f"{file} is not a file of Ray's cluster launcher: provider.type is missing, or auth is no table", "see cluster.yaml"
+        ) from None
     return dict(config)
 
 
@@ -77,7 +79,7 @@ def ssh_command(config: dict[str, Any], file: str, port: int) -> list[str]:
     remote = int(said[1]) if said else DASHBOARD_PORT
     if provider["type"] != "local" or not provider.get("head_ip"):
         return [str(Path(sys.executable).with_name("ray")), "dashboard", file, "--port", str(port), "--remote-port", str(remote)]
-    key = ["-i", os.path.expanduser(auth["ssh_private_key"])] if auth.get("ssh_private_key") else []
+    key = ["-i", os.path.expanduser(str(auth["ssh_private_key"]))] if auth.get("ssh_private_key") else []
     who = f"{auth['ssh_user']}@{provider['head_ip']}" if auth.get("ssh_user") else str(provider["head_ip"])
     return ["ssh", "-N", "-o", "ExitOnForwardFailure=yes", "-L", f"{port}:127.0.0.1:{remote}", *key, who]
 

@@ -40,10 +40,10 @@ def seen(value: str, shared: Sequence[Path], *, made: bool = False) -> bool:
     """Whether a value means on the cluster what it means here; `made` is of a folder that the command is to make."""
     if value.startswith("store:") or (re.match(r"\w+://", value) and not value.startswith("file://")):
         return True
-    path = Path(os.path.normpath(Path(value.removeprefix("file://")).expanduser().absolute()))
+    path = Path(os.path.abspath(os.path.expanduser(value.removeprefix("file://"))))
     if any(path == folder or folder in path.parents for folder in shared):
         return True
-    return not (made or value.startswith("file://") or path.exists())
+    return not (made or value.startswith("file://") or os.path.exists(path))  # of a text too long for a name: no
 
 
 def check_seen(words: Sequence[str], configs: Iterable[Path], resolved: Mapping[str, Any], shared: Sequence[Path]) -> None:

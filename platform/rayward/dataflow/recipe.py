@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -49,7 +50,8 @@ class Recipe:
     memory_gib: float = 0.0  # GiB of memory that a task holds on Ray; 0: not counted
 
     def __post_init__(self) -> None:
-        if self.cpus <= 0 or self.memory_gib < 0 or (self.gpus < 0 and self.gpus != -1):
+        gpus = 0.0 if self.gpus == -1 else self.gpus
+        if not (0 < self.cpus < math.inf and 0 <= self.memory_gib < math.inf and 0 <= gpus < math.inf):
             raise SettingsError(
                 f"cpus={self.cpus:g}, gpus={self.gpus:g}, memory_gib={self.memory_gib:g} is nothing that a task can hold",
                 "give some CPUs, 0 or more GiB, and 0 or more GPUs (or -1: one where the cluster has any)",
@@ -234,10 +236,11 @@ def _begin(recipe: Recipe, stage: Place, wanted: str) -> None:
     if same:
         print(f"{recipe.output}: going on where an earlier run stopped", file=sys.stderr)
         return
-    for path in stage.iterdir() if isinstance(stage, Path) else ():
-        if path.name != LOCK:
-            places.remove(path)
-    if not isinstance(stage, Path):
+    if isinstance(stage, Path):
+        for path in stage.iterdir():
+            if path.name != LOCK:
+                places.remove(path)
+    else:
         _clear(stage)
     places.write(begun, wanted)
 

@@ -9,6 +9,7 @@ and ends with an error when the time is up.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -32,10 +33,12 @@ class Resources:
     wait_s: float = -1.0  # seconds to wait for room; -1: BUSY_S where the cluster is busy or grows by itself, none where it is too small
 
     def __post_init__(self) -> None:
-        if not self.cpus > 0:
+        if not 0 < self.cpus < math.inf:
             raise SettingsError(f"cpus_per_worker={self.cpus:g} cannot work", "give at least 1")
-        if self.gpus < 0 and self.gpus != -1:
+        if self.gpus != -1 and not 0 <= self.gpus < math.inf:
             raise SettingsError(f"gpus_per_worker={self.gpus:g} is no number of GPUs", "give 0 for CPUs, 1, or -1 for what there is")
+        if self.wait_s != -1 and not 0 <= self.wait_s < math.inf:
+            raise SettingsError(f"wait_s={self.wait_s:g} is no time to wait", "give seconds, e.g. --wait-s 1800, or leave it out")
 
     @property
     def bundle(self) -> dict[str, float]:

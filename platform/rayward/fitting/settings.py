@@ -106,9 +106,8 @@ def open_sides(examples: str, validation_share: float) -> Sides:
     """The sides of a folder of examples, or of a split, here or at a URL."""
     folder = places.at(examples)
     with places.telling(folder):
-        if places.is_remote(folder) and (folder / PUBLISHING).exists():  # one side may be there already, and another not yet
-            return Sides(open_dataset(folder, "examples"), None, validation_share)
-        if not (folder / "train" / "manifest.json").is_file():
+        publishing = places.is_remote(folder) and (folder / PUBLISHING).exists()  # one side may be there already, and another not yet
+        if publishing or not (folder / "train" / "manifest.json").is_file():
             return Sides(open_dataset(folder, "examples"), None, validation_share)
         held = (folder / "validation" / "manifest.json").is_file() or (folder / "validation").is_dir()
     validation = open_dataset(folder / "validation", "examples") if held else None

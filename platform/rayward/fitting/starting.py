@@ -13,6 +13,7 @@ import torch
 
 from rayward import adapters, checkpoints, places
 from rayward.config import as_dict, flatten
+from rayward.dataflow.claims import claimed
 from rayward.errors import SettingsError
 from rayward.fitting.settings import FitSettings, Sides
 from rayward.fitting.working_copy import PREPARED, SETTINGS, TRACKED, TRACKING, push
@@ -119,10 +120,11 @@ def claim(folder: Path, mirror: Mirror | None, settings: FitSettings, sides: Sid
     if path.exists():
         theirs = json.loads(path.read_text(encoding="utf-8"))
         if theirs != mine and not _stepped(folder, mirror):  # it never took a step: nothing is lost
-            for made in (PREPARED, "start", "groups", "run", "model", TRACKING):
-                places.remove(folder / made)
-                if mirror is not None:
-                    mirror.remove(made)
+            with claimed(named, named):  # or it is about to take its first, and keeps what it works with
+                for made in (PREPARED, "start", "groups", "run", "model", TRACKING):
+                    places.remove(folder / made)
+                    if mirror is not None:
+                        mirror.remove(made)
         elif theirs != mine:
             before, now = flatten(theirs), flatten(mine)
             changed = [f"{n}: {before.get(n)} -> {now.get(n)}" for n in sorted(before.keys() | now.keys()) if before.get(n) != now.get(n)]

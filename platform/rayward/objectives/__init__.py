@@ -41,7 +41,7 @@ import torch
 from torch import Tensor
 
 from rayward import metrics
-from rayward.batching import ANSWERS, Batch
+from rayward.batching import Batch
 from rayward.config import choose, parse_settings
 from rayward.errors import SettingsError
 from rayward.objectives.comparisons import adjacent, bradley_terry, debiased, focal, hinge, margin, ranknet, scaled, vote_share
@@ -114,9 +114,8 @@ def _given(name: str, batch: Batch, output_GKC: Tensor, terms: Mapping[str, Tens
     if name == "token_GKT":
         index_GKT = batch.answer_GKT()
         return torch.where(index_GKT >= 0, batch.token_BT.flatten()[index_GKT.clamp(min=0)], -1)
-    if name == "answer_GK":  # an answer is a segment of a row, or a row of its own
-        row_GK = batch.place_GK // batch.segment_BT.shape[1]
-        return row_GK * ANSWERS**2 + batch.segment_BT.flatten()[batch.place_GK]
+    if name == "answer_GK":
+        return batch.owner_BT.flatten()[batch.place_GK]
     return getattr(batch, name)
 
 

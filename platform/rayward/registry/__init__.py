@@ -16,7 +16,7 @@ data sets and the report. A model is a pyfunc whose code is a file of this packa
     pyfunc.py     the model that MLflow loads
 """
 
-from rayward.registry.backend import address, tracking_uri, unreachable
+from rayward.registry.backend import address, is_server, tracking_uri, unreachable
 from rayward.registry.backend import client as _client
 from rayward.registry.page import ui
 from rayward.registry.runs import Ran, RunLog, run, run_of_submission
@@ -43,6 +43,7 @@ __all__ = [
     "check_name",
     "find",
     "identity",
+    "is_server",
     "model_address",
     "model_folder",
     "models",

@@ -78,12 +78,16 @@ def is_there() -> bool:
 
 def _move_credentials() -> None:
     """Take user and password out of the address of a server: MLflow has variables for them, and repeats addresses."""
-    parts = urlsplit(os.environ.get("MLFLOW_TRACKING_URI") or "")
+    given = os.environ.get("MLFLOW_TRACKING_URI") or ""
+    try:
+        parts = urlsplit(given)
+    except ValueError:
+        raise RegistryError(f"MLFLOW_TRACKING_URI={public(given)} is no address", "write e.g. http://HOST:5000") from None
     if is_server(parts.geturl()) and "@" in parts.netloc:
         who, _, host = parts.netloc.rpartition("@")
         user, _, password = who.partition(":")
-        given = {"USERNAME": unquote(user), "PASSWORD": unquote(password), "URI": urlunsplit(parts._replace(netloc=host))}
-        os.environ.update({f"MLFLOW_TRACKING_{name}": value for name, value in given.items() if value})  # a user alone: as it was set
+        moved = {"USERNAME": unquote(user), "PASSWORD": unquote(password), "URI": urlunsplit(parts._replace(netloc=host))}
+        os.environ.update({f"MLFLOW_TRACKING_{name}": value for name, value in moved.items() if value})  # a user alone: as it was set
 
 
 def artifacts() -> str | None:

@@ -31,10 +31,9 @@ def ui(host: str, port: int, browse: bool) -> None:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
-        except OSError as error:
-            raise RegistryError(
-                f"cannot listen on {host}:{port}: {error.strerror}", "choose another port: rayward ui --port 5001"
-            ) from None
+        except (OSError, UnicodeError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise RegistryError(f"cannot listen on {host}:{port}: {why}", "choose another: rayward ui --port 5001, or --host") from None
     print(f"models: {page}    runs: http://{host}:{port}/#/experiments    (Ctrl-C ends it)", flush=True)
     held = {"MLFLOW_BACKEND_STORE_URI": backend.tracking_uri()}  # not among the words, where `ps` shows a password to everybody
     server = subprocess.Popen([sys.executable, *arguments], env={**os.environ, **held})

@@ -117,7 +117,8 @@ def _requirements() -> list[str]:
 
 
 def _versions(client: Any, name: str) -> list[Any]:
-    found = client.search_model_versions(f"name = '{name}'")
+    quote = '"' if "'" in name else "'"
+    found = client.search_model_versions(f"name = {quote}{name}{quote}")
     return sorted(found, key=lambda v: int(v.version), reverse=True)
 
 

@@ -20,7 +20,7 @@ from rayward.reward_model.bodies import HEADS
 from rayward.reward_model.head_choice import adopt, attach_output_layer, begin_head, other_outputs, reading_of, same_width
 from rayward.reward_model.model import RewardModel
 from rayward.reward_model.overall import attach_overall
-from rayward.reward_model.settings import ModelSettings
+from rayward.reward_model.settings import SCALAR, ModelSettings
 from rayward.vocabulary import TiedHead
 
 
@@ -79,7 +79,7 @@ def load_model(
     elif settings.new_head and settings.head_tokens:
         raise ModelError(f"--model {path} has a head, and head_tokens starts a new one", "leave head_tokens out, or name a language model")
     attach_output_layer(path, classifier, settings, reading)
-    attach_overall(path, classifier, reading, Reading.of_notes(notes.get("head")) if kept else Reading())
+    attach_overall(path, classifier, reading, Reading.of_notes(notes.get("head")) if kept else SCALAR)
     _settle(classifier.config, tokenizer, reading)
     if not settings.dropout:
         _without_dropout(classifier)

@@ -209,14 +209,9 @@ def forget_verbosity(
     precision: Literal["auto", "fp32", "bf16"] = "auto",
 ) -> dict[str, float]:
     """Take a verbosity off the attributes of a model, by what it says of these groups; how much of it, per attribute."""
-
-    def said() -> Iterator[tuple[Batch, Tensor]]:
-        for start in range(0, len(groups), 1024):
-            for _, batch in micro_batches(groups[start : start + 1024], settings, model.shares_prefix, model.flat):
-                yield batch, model.outputs(batch.to(model.device))
-
     with model.evaluating(), autocast(model.device, precision):
-        model.reading = take_off(model.reading, verbosity, said())
+        said = ((batch, model.outputs(batch)) for _, batch in _batches(model, groups, settings))
+        model.reading = take_off(model.reading, verbosity, said)
     return dict(zip(model.reading.names, model.reading.taken_off, strict=True))
 
 
@@ -226,9 +221,14 @@ def score_groups(
     """The scores of every group, one per place, in order."""
     scores: list[np.ndarray] = [np.empty(0)] * len(groups)
     with model.evaluating(), autocast(model.device, precision):
-        for start in range(0, len(groups), 1024):  # so that no more than these are sorted and held as batches
-            for numbers, batch in micro_batches(groups[start : start + 1024], settings, model.shares_prefix, model.flat):
-                score_GK = model(batch.to(model.device)).cpu().numpy()
-                for n, score_K in zip(numbers, score_GK, strict=True):
-                    scores[start + n] = score_K[: len(groups[start + n].place_K)]
+        for numbers, batch in _batches(model, groups, settings):
+            for n, score_K in zip(numbers, model(batch).cpu().numpy(), strict=True):
+                scores[n] = score_K[: len(groups[n].place_K)]
     return scores
+
+
+def _batches(model: RewardModel, groups: Sequence[Group], settings: BatchSettings) -> Iterator[tuple[list[int], Batch]]:
+    """Groups as batches on the model's device, with their numbers."""
+    for start in range(0, len(groups), 1024):  # so that no more than these are sorted and held as batches
+        for numbers, batch in micro_batches(groups[start : start + 1024], settings, model.shares_prefix, model.flat):
+            yield [start + n for n in numbers], batch.to(model.device)

@@ -34,8 +34,8 @@ from rayward import foreign, metrics
 from rayward.batching import Batch
 from rayward.config import parse_settings
 from rayward.errors import ModelError
-from rayward.heads import Reading, make_head
-from rayward.reward_model.settings import ModelSettings
+from rayward.heads import Reading, make_head, weighted_mean
+from rayward.reward_model.settings import SCALAR, ModelSettings
 
 OVERALL = "overall"  # what a classifier calls the weights
 TOKENS = "tokens"  # a verbosity that is no attribute: how many tokens the answer has
@@ -64,7 +64,7 @@ def with_overall(settings: ModelSettings, reading: Reading, own: Reading) -> Rea
     return replace(reading, overall=overall, verbosity=own.verbosity, taken_off=own.taken_off)
 
 
-def attach_overall(path: str, classifier: Any, reading: Reading, own: Reading | None = None) -> None:
+def attach_overall(path: str, classifier: Any, reading: Reading, own: Reading = SCALAR) -> None:
     """Give a classifier the weights that make one score of its attributes: those beside its own head, or fresh ones.
 
     Raises:
@@ -73,7 +73,7 @@ def attach_overall(path: str, classifier: Any, reading: Reading, own: Reading | 
     if not reading.learns_overall:
         return
     made = make_overall(reading, classifier.config.get_text_config().hidden_size)
-    if own is not None and own.overall == reading.overall:
+    if own.overall == reading.overall:
         found = {name: foreign.stored_tensor(path, f"{OVERALL}.{name}") for name in made.state_dict()}
         if any(tensor is None for tensor in found.values()):
             raise ModelError(f"--model {path} lacks the weights of its overall={reading.overall}", "save it again")
@@ -102,7 +102,7 @@ def overall_score(weights: Any, rating_GKA: Tensor, hidden_BTD: Tensor | None, b
         if reading.overall == "linear":
             return weights(rating_GKA).squeeze(-1)
         if reading.overall == "mean":
-            return (rating_GKA * rating_GKA.new_tensor(reading.weights)).sum(-1)
+            return weighted_mean(rating_GKA, reading)
         assert hidden_BTD is not None
         return (rating_GKA * weights(_prompts(hidden_BTD, batch)).softmax(-1).unsqueeze(1)).sum(-1)
 
