@@ -55,7 +55,7 @@ from rayward.toy_world import ToyWorld
 
 VARIANTS = [("bradley_terry", '{"smoothing": 0.1}'), ("listnet", '{"temperature": 0.2}'), ("margin", '{"scale": 3.0}')]
 RUNS: dict[str, Objective] = {
-    **{name: entry for name, entry in OBJECTIVES.items() if not entry.steps},
+    **{name: entry for name, entry in OBJECTIVES.items() if not entry.steps and entry.head != "verdict"},
     **{f"{name} {given}": make_objective(name, given) for name, given in VARIANTS},
 }
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262}  # Student's t, two-sided, by number of seeds
@@ -149,9 +149,9 @@ def decoder(sides: Sides, entry: Objective, seed: int, budget: Budget) -> dict[s
         model.train()
         for numbers in plan(len(groups["train"]), batching.size, seed, epoch):
             for _, batch in micro_batches([groups["train"][n] for n in numbers], replace(batching, micro_tokens=1 << 16), True):
-                output_GKC = model.outputs(batch)
+                output_GKC, terms = model.hear(batch, entry.body_terms)
                 score_GK = model.reading.pick(output_GKC, batch.column_GK)
-                (entry.of(batch, score_GK, output_GKC).sum() / len(numbers)).backward()
+                (entry.of(batch, score_GK, output_GKC, terms=terms).sum() / len(numbers)).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
@@ -294,7 +294,8 @@ def one_seed(world: str, seed: int, budget: Budget, shared: Path | None) -> dict
     torch.set_num_threads(1)
     sides = toy(seed, budget.problems) if shared is None else split(real(shared / f"data/rankings/{FILES[world]}.parquet"), seed)
     learn = decoder if shared is None else linear
-    return {**baselines(sides), **{name: judge(sides, learn(sides, entry, seed, budget)) for name, entry in RUNS.items()}}
+    runs = {name: entry for name, entry in RUNS.items() if shared is None or not entry.body_terms}  # a linear score has no tokens
+    return {**baselines(sides), **{name: judge(sides, learn(sides, entry, seed, budget)) for name, entry in runs.items()}}
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
     python benchmarks/throughput.py                             # on a GPU: a Qwen3-0.6B; without one: a small model, and it says so
     python benchmarks/throughput.py --shape 4b --recompute --steps 20
+    python benchmarks/throughput.py --attention mask            # what the kernel that is taken by itself gains: run both
 
 Random weights of a shape, pairs of log-normal lengths, packed rows, the step of `training.train` itself: forward, loss, backward, clip,
 AdamW. The device's rate is measured first, with square products of 8,192 (1,024 without a GPU) in the same precision. A step needs 6 FLOPs
@@ -16,13 +17,13 @@ import json
 import resource
 import time
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast, get_args
 
 import numpy as np
 import torch
 from transformers import Qwen3Config, Qwen3ForSequenceClassification
 
-from rayward import training
+from rayward import attention, training
 from rayward.batching import BatchSettings
 from rayward.objectives import make_objective
 from rayward.rendering import Group, Groups
@@ -49,7 +50,7 @@ SHAPES = {
 }
 
 
-def make_model(shape: Shape, device: torch.device) -> RewardModel:
+def make_model(shape: Shape, device: torch.device, attend_by: attention.Choice) -> RewardModel:
     """Random weights in float32."""
     config = Qwen3Config(
         vocab_size=shape.words,
@@ -64,7 +65,7 @@ def make_model(shape: Shape, device: torch.device) -> RewardModel:
     )
     with device:
         classifier = Qwen3ForSequenceClassification(config)
-    return RewardModel(classifier.to(device)).to(device)
+    return RewardModel(classifier.to(device), attend_by=attend_by).to(device)
 
 
 def pairs(count: int, words: int, scale: float, seed: int = 0) -> list[Group]:
@@ -112,12 +113,19 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     return best
 
 
-def measure(shape_name: str, steps: int, size: int, recompute: bool, device: torch.device) -> dict[str, Any]:
+def attends_by(model: RewardModel, precision: torch.dtype) -> str:
+    """The name of the kernel that a step attends with."""
+    kernel = model.kernel_in(precision) if model.segmented else None
+    return next((name for name, way in attention.KERNELS.items() if way.attend is kernel), "mask")
+
+
+def measure(shape_name: str, steps: int, size: int, recompute: bool, device: torch.device, attend_by: attention.Choice) -> dict[str, Any]:
     """Steps over different examples, after two that warm up."""
     shape = SHAPES[shape_name]
     precision = "bf16" if device.type == "cuda" else "fp32"
-    rate = matrix_rate(device, torch.bfloat16 if precision == "bf16" else torch.float32)
-    model = make_model(shape, device)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    rate = matrix_rate(device, dtype)
+    model = make_model(shape, device, attend_by)
     if recompute:
         model.classifier.gradient_checkpointing_enable({"use_reentrant": False})
     groups = pairs((steps + 2) * size, shape.words, 1.0 if device.type == "cuda" else 0.3)
@@ -145,6 +153,7 @@ def measure(shape_name: str, steps: int, size: int, recompute: bool, device: tor
         "parameters": sum(p.numel() for p in model.parameters()),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
         "precision": precision,
+        "attention": attends_by(model, dtype),
         "tokens_per_s": round(tokens / took),
         "peak_gib": round(peak / 2**30, 2),
         "matrix_tflops": round(rate / 1e12, 3),
@@ -158,12 +167,14 @@ def main() -> None:
     parser.add_argument("--shape", choices=sorted(SHAPES), help="default: 0.6b on a GPU, small without")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--size", type=int, default=32, help="pairs in a step")
+    parser.add_argument("--attention", choices=get_args(attention.Choice), default="auto", help="as net.attention")
     parser.add_argument("--recompute", action="store_true", help="keep no activations")
     said = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         print("no GPU here: a small model on the CPU in float32, which says nothing about a GPU")
-    found = measure(said.shape or ("0.6b" if device.type == "cuda" else "small"), said.steps, said.size, said.recompute, device)
+    shape = said.shape or ("0.6b" if device.type == "cuda" else "small")
+    found = measure(shape, said.steps, said.size, said.recompute, device, said.attention)
     for name, value in found.items():
         print(f"{name:22} {value}")
     print(json.dumps(found))

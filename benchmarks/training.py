@@ -6,7 +6,8 @@
 
 Every measurement is a process of its own (so that its peak memory is its own), and the sides take turns, round after round. A side reports
 CPU-seconds of its training loop alone, all threads of it together: not of imports, of making tokens or of evaluation. Before it is
-timed it computes the loss and the gradient of one fixed batch: the loss must agree on all sides to 1e-4, and the process is warm.
+timed it computes the loss and the gradient of one fixed batch: the loss must agree on all sides to 1e-4, and the process is warm. After the
+same examples the accuracies on held-out ones must agree within their 95 % intervals (the orders of the examples differ).
 
 What is compared is the work done per CPU-second, in examples: pairs, prompts with 8 ranked answers, problems with 8 solutions in steps.
 Real tokens are counted as plain training counts them, a prompt once for every answer behind it, so that not computing a token twice is no
@@ -15,6 +16,7 @@ loss of tokens; the ratio of real tokens per CPU-second is then the ratio of exa
     rayward          the loop of this project, `training.train`
     bare             the same micro-batches, made beforehand, through forward, loss, backward, clip and step, in ten lines of torch
     separate         this project without sharing: every answer a row of its own, with its prompt in front
+    fewer            this project on the first examples only, as many as TRL is given where it is slow; for its accuracy, not its speed
     trl              TRL's RewardTrainer (PRMTrainer for steps) with batches of 8, gradient checkpointing off
     trl_best         TRL at its best of several sizes of micro-batch, with and without grouping by length, at the same size of step
     padded           for steps without TRL 1.13 at hand: what its PRMTrainer computes, in a bare loop
@@ -170,8 +172,8 @@ class Measured:
     cpu_s: float
     wall_s: float
     peak_mib: float
-    accuracy: float  # on held-out examples
-    judged: int  # what that is an accuracy of: pairs or steps
+    accuracy: float  # on held-out examples: pairs or steps judged right
+    error: float  # half the width of its 95 % interval, over examples
 
 
 def _peak_mib() -> float:
@@ -205,19 +207,17 @@ def _groups(made: Sequence[Problem]) -> list[Any]:
     return groups
 
 
-def _right(scores: Sequence[Sequence[float]], made: Sequence[Problem]) -> tuple[int, int]:
-    """How many pairs of answers, or steps, are judged right, and of how many."""
-    right = total = 0
+def _right(scores: Sequence[Sequence[float]], made: Sequence[Problem]) -> tuple[float, float]:
+    """Which share of the pairs of answers, or of the steps, is judged right; and half the width of its 95 % interval over problems."""
+    shares = []
     for score, p in zip(scores, made, strict=True):
         target = list(itertools.chain(*p.targets))
         if len(p.targets[0]) > 1 or len(target) > len(p.answers):
-            right += sum((s > 0) == (t > 0.5) for s, t in zip(score, target, strict=True))
-            total += len(target)
+            shares.append(statistics.mean((s > 0) == (t > 0.5) for s, t in zip(score, target, strict=True)))
         else:
             ordered = [(a, b) for a in range(len(target)) for b in range(len(target)) if target[a] > target[b]]
-            right += sum(score[a] > score[b] for a, b in ordered)
-            total += len(ordered)
-    return int(right), total
+            shares.append(statistics.mean(score[a] > score[b] for a, b in ordered))
+    return statistics.mean(shares), 1.96 * statistics.stdev(shares) / math.sqrt(len(shares))
 
 
 def own_side(side: str, task: Task, folder: Path, made: list[Problem], held: list[Problem], choice: dict[str, Any]) -> Measured:
@@ -270,8 +270,8 @@ def own_side(side: str, task: Task, folder: Path, made: list[Problem], held: lis
             cpu_s, wall_s, peak = _timed(lambda: train(run))
     if side == "bare":
         cpu_s, wall_s, peak = _timed(work)
-    right, total = _right([s.tolist() for s in score_groups(model, _groups(held), settings, "fp32")], held)
-    return Measured(loss.item(), len(made), sum(p.tokens for p in made), cpu_s, wall_s, peak, right / total, total)
+    right, error = _right([s.tolist() for s in score_groups(model, _groups(held), settings, "fp32")], held)
+    return Measured(loss.item(), len(made), sum(p.tokens for p in made), cpu_s, wall_s, peak, right, error)
 
 
 def _head_of(folder: Path, model: Any) -> None:
@@ -342,8 +342,8 @@ def trl_side(side: str, task: Task, folder: Path, made: list[Problem], held: lis
     model.eval()
     with torch.no_grad():
         scores = [[float(model(input_ids=torch.tensor([p.prompt + a])).logits[0, 0]) for a in p.answers] for p in held]
-    right, total = _right(scores, held)
-    return Measured(loss.item(), len(made), sum(p.tokens for p in made), cpu_s, wall_s, peak, right / total, total)
+    right, error = _right(scores, held)
+    return Measured(loss.item(), len(made), sum(p.tokens for p in made), cpu_s, wall_s, peak, right, error)
 
 
 def process_side(side: str, task: Task, folder: Path, made: list[Problem], held: list[Problem], choice: dict[str, Any]) -> Measured:
@@ -402,8 +402,8 @@ def process_side(side: str, task: Task, folder: Path, made: list[Problem], held:
                 logit_TC = model(input_ids=torch.tensor([p.prompt + answer])).logits[0]
                 said += (logit_TC[:, 1] - logit_TC[:, 0])[torch.tensor(places) + len(p.prompt)].tolist()
             scores.append(said)
-    right, total = _right(scores, held)
-    return Measured(loss.item(), len(made), sum(p.tokens for p in made), cpu_s, wall_s, peak, right / total, total)
+    right, error = _right(scores, held)
+    return Measured(loss.item(), len(made), sum(p.tokens for p in made), cpu_s, wall_s, peak, right, error)
 
 
 def _padded(rows: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
@@ -420,6 +420,7 @@ SIDES = {
     "rayward": own_side,
     "bare": own_side,
     "separate": own_side,
+    "fewer": own_side,
     "trl": trl_side,
     "trl_best": trl_side,
     "prm": process_side,
@@ -473,6 +474,8 @@ def compare(arguments: argparse.Namespace) -> None:
     counts = {"rayward": task.train, "bare": task.train, other: max(1, few // scale)}
     if arguments.task == "rankings":
         counts["separate"] = task.train
+    if counts[other] < task.train:
+        counts["fewer"] = counts[other]
     choices: dict[str, dict[str, Any]] = {side: {} for side in counts}
     if other != "padded":
         best = f"{other}_best"
@@ -481,6 +484,8 @@ def compare(arguments: argparse.Namespace) -> None:
     runs: dict[str, list[Measured]] = {side: [] for side in counts}
     for turn in range(1 if arguments.quick else arguments.rounds):
         for side in sorted(counts, reverse=bool(turn % 2)):
+            if side == "fewer" and turn:
+                continue
             runs[side].append(measure(arguments, side, counts[side], choices[side]))
             print(f"  round {turn + 1}, {side}: {runs[side][-1]}", flush=True)
     report(arguments, runs, choices)
@@ -496,21 +501,31 @@ def report(arguments: argparse.Namespace, runs: dict[str, list[Measured]], choic
     print(f"{'side':10} {'examples':>8} {'real tokens/CPU-s':>18} {'CPU-s':>7} {'peak MiB':>9} {'accuracy':>9} +-95 %")
     for side, made in runs.items():
         m = made[0]
-        error = 1.96 * math.sqrt(m.accuracy * (1 - m.accuracy) / m.judged)
         rate, cpu = statistics.median(rates[side]), statistics.median(x.cpu_s for x in made)
-        print(f"{side:10} {m.examples:8} {rate:18,.0f} {cpu:7.1f} {m.peak_mib:9,.0f} {m.accuracy:9.3f} {error:.3f}  {choices[side] or ''}")
+        print(
+            f"{side:10} {m.examples:8} {rate:18,.0f} {cpu:7.1f} {m.peak_mib:9,.0f} {m.accuracy:9.3f} {m.error:.3f}  {choices[side] or ''}"
+        )
     result: dict[str, Any] = {"task": arguments.task, "threads": arguments.threads, "rounds": len(rates["rayward"])}
     names = {"bare": "vs_bare_loop", "separate": "vs_separate", "padded": "vs_padded_loop"}
     names |= {"trl": "vs_trl", "prm": "vs_trl", "trl_best": "vs_trl_best", "prm_best": "vs_trl_best"}
     for side in runs:
-        if side != "rayward":
+        if side in names:
             ratios = [ours / theirs for ours, theirs in zip(rates["rayward"], rates[side], strict=True)]
             result[names[side]] = round(statistics.median(ratios), 3)
             result[f"{names[side]}_range"] = [round(min(ratios), 3), round(max(ratios), 3)]
     result["peak_mib"] = {side: round(max(m.peak_mib for m in made)) for side, made in runs.items()}
     result["accuracy"] = {side: round(made[0].accuracy, 4) for side, made in runs.items()}
     result["best_choice"] = next((c for side, c in choices.items() if side.endswith("_best")), None)
+    result["accuracy_agrees"] = agreement = {side: _agree(made[0], runs) for side, made in runs.items() if "vs_trl" in names.get(side, "")}
     print(json.dumps(result))
+    if not all(agreement.values()):
+        raise SystemExit("after the same examples the accuracies lie further apart than their intervals allow")
+
+
+def _agree(theirs: Measured, runs: dict[str, list[Measured]]) -> bool:
+    """Whether this project's accuracy after as many examples lies within the interval of the difference."""
+    ours = next(runs[side][0] for side in ("rayward", "fewer") if runs[side][0].examples == theirs.examples)
+    return abs(ours.accuracy - theirs.accuracy) <= math.hypot(ours.error, theirs.error)
 
 
 def main() -> None:

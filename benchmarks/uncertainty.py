@@ -8,8 +8,10 @@ answers as the policy gave them; where both are right or both wrong the label is
 
 Some prompts are labelled at random to start with, and an ensemble of small decoders from scratch is trained on them. Every arm then
 chooses as many more from the pool, and fresh models are trained on all labels. Judged by pair accuracy on problems that
-nobody has seen. An arm of one model uses the first of the ensemble. Every figure is a mean over seeds (of pool, start and models)
-with a 95 % t-interval; `vs random` is the difference from the random arm of the same seed.
+nobody has seen. An arm of one model uses the first of the ensemble; `heads` are one more model with as many heads (net.members), without
+and with a bootstrap draw of the labels for each (train.bootstrap): one pass of one body instead of several. Every figure is a mean over
+seeds (of pool, start and models) with a 95 % t-interval; `vs random` is the difference from the random arm of the same seed;
+`uncertainty` is the mean over the pool, as the arm measures it.
 """
 
 from __future__ import annotations
@@ -43,12 +45,14 @@ from rayward.toy_world import ToyWorld, seed_of
 from rayward.training import TrainSettings
 from rayward.uncertainty import Members, SelectSettings, choose, measure_prompts
 
-ARMS = {  # name -> (settings, whether the whole ensemble scores)
-    "mutual_information": (SelectSettings(measure="mutual_information", random=0), True),
-    "deviation": (SelectSettings(measure="deviation", random=0), True),
-    "entropy": (SelectSettings(measure="entropy", random=0), True),
-    "entropy, one model": (SelectSettings(measure="entropy", random=0), False),
-    "dropout 0.1 x 8, one model": (SelectSettings(measure="mutual_information", dropout=0.1, random=0), False),
+ARMS = {  # name -> (settings, who scores: seeds, the whole ensemble; one, its first model; or a model with heads)
+    "mutual_information": (SelectSettings(measure="mutual_information", random=0), "seeds"),
+    "deviation": (SelectSettings(measure="deviation", random=0), "seeds"),
+    "entropy": (SelectSettings(measure="entropy", random=0), "seeds"),
+    "mutual_information, heads": (SelectSettings(measure="mutual_information", random=0), "heads"),
+    "the same, bootstrapped": (SelectSettings(measure="mutual_information", random=0), "bootstrapped"),
+    "entropy, one model": (SelectSettings(measure="entropy", random=0), "one"),
+    "dropout 0.1 x 8, one model": (SelectSettings(measure="mutual_information", dropout=0.1, random=0), "one"),
 }
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262}  # Student's t, two-sided, by number of seeds
 
@@ -61,7 +65,7 @@ class Budget:
     pool: int = 800  # prompts
     start: int = 60  # labels before anything is chosen
     more: int = 60  # labels that are chosen
-    members: int = 4  # models of the ensemble
+    members: int = 4  # models of the ensemble, heads of the model with several
     fits: int = 2  # models that an arm is judged by
     epochs: int = 8
 
@@ -95,16 +99,16 @@ def write_examples(folder: Path, chosen: list[list[Rollout]]) -> int:
     return n
 
 
-def fit(examples: Path, output: Path, seed: int, budget: Budget) -> Path:
+def fit(examples: Path, output: Path, seed: int, budget: Budget, heads: int = 1, bootstrap: bool = False) -> Path:
     """A small decoder from scratch; a tenth of the labels is held out for the temperature, and the last weights are kept."""
     settings = FitSettings(
         examples=str(examples),
         model="tiny",
         objective="auto",
-        net=ModelSettings(),
+        net=ModelSettings(members=heads),
         render=RenderSettings(max_length=256),
         batch=BatchSettings(size=16),
-        train=TrainSettings(lr=2e-3, epochs=budget.epochs, best_by="last", seed=seed),
+        train=TrainSettings(lr=2e-3, epochs=budget.epochs, best_by="last", seed=seed, bootstrap=bootstrap),
         validation_share=0.1,
     )
     return fitting.fit(settings, str(output)).model
@@ -127,11 +131,16 @@ def one_seed(seed: int, decided: bool, budget: Budget) -> dict[str, Any]:
         folder = Path(place)
         write_examples(folder / "start", [pool[name] for name in begun])
         ensemble = [str(fit(folder / "start", folder / f"member-{n}", n, budget)) for n in range(budget.members)]
+        who = {"seeds": ensemble, "one": ensemble[:1]}
+        for name, drawn in (("heads", False), ("bootstrapped", True)):
+            who[name] = [str(fit(folder / "start", folder / name, 0, budget, budget.members, drawn))]
         found: dict[str, Any] = {"start": {"accuracy": float(np.mean([accuracy(Path(m), test) for m in ensemble])), "pairs": budget.start}}
+        felt: dict[str, float] = {}
         picks = {"random": ids[budget.start : budget.start + budget.more]}
         rollouts = [r for name in rest for r in pool[name]]
-        for arm, (settings, whole) in ARMS.items():
-            measured = measure_prompts(rollouts, Members(tuple(ensemble if whole else ensemble[:1]), settings))
+        for arm, (settings, scorers) in ARMS.items():
+            measured = measure_prompts(rollouts, Members(tuple(who[scorers]), settings))
+            felt[arm] = float(np.mean(measured.prompts["uncertainty"].to_numpy()))
             made = choose(measured.prompts, budget.more, settings)
             picks[arm] = [name for name, choice in made.items() if choice.how == "uncertain"]
         for arm, names in picks.items():
@@ -139,7 +148,11 @@ def one_seed(seed: int, decided: bool, budget: Budget) -> dict[str, Any]:
             labelled = folder / f"arm-{list(picks).index(arm)}"
             count = write_examples(labelled, [pool[name] for name in [*begun, *names]])
             models = [fit(labelled, folder / f"{labelled.name}-model-{n}", 100 + n, budget) for n in range(budget.fits)]
-            found[arm] = {"accuracy": float(np.mean([accuracy(m, test) for m in models])), "pairs": count}
+            found[arm] = {
+                "accuracy": float(np.mean([accuracy(m, test) for m in models])),
+                "pairs": count,
+                **({"uncertainty": felt[arm]} if arm in felt else {}),
+            }
     return found
 
 
@@ -157,6 +170,8 @@ def summary(seeds: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
             "vs_random_half": float(half * gap.std(ddof=1)),
             "pairs": float(np.mean([s[arm]["pairs"] for s in seeds])),
         }
+        if "uncertainty" in seeds[0][arm]:
+            made[arm]["uncertainty"] = float(np.mean([s[arm]["uncertainty"] for s in seeds]))
     return made
 
 
@@ -175,10 +190,11 @@ def main() -> None:
             jobs = [workers.submit(one_seed, seed, name == "decided", budget) for seed in range(budget.seeds)]
             told[name] = summary([job.result() for job in jobs])
         print(f"\npool {name}: {budget.start} labels at random, {budget.more} more by\n")
-        print(f"{'':<28}{'accuracy':<20}{'vs random':<22}pairs to learn from")
+        print(f"{'':<28}{'accuracy':<20}{'vs random':<22}{'uncertainty':<14}pairs to learn from")
         for arm, n in told[name].items():
             gap = f"{n['vs_random']:+.3f} ± {n['vs_random_half']:.3f}" if arm not in ("start", "random") else ""
-            print(f"{arm:<28}{n['accuracy']:.3f} ± {n['accuracy_half']:.3f}{'':<7}{gap:<22}{n['pairs']:.0f}")
+            felt = f"{n['uncertainty']:.4f}" if "uncertainty" in n else ""
+            print(f"{arm:<28}{n['accuracy']:.3f} ± {n['accuracy_half']:.3f}{'':<7}{gap:<22}{felt:<14}{n['pairs']:.0f}")
     print(json.dumps({"budget": asdict(budget), "seconds": round(time.monotonic() - began), "pools": told}))
 
 

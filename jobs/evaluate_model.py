@@ -45,20 +45,15 @@ def main(settings: Settings) -> Report:
     with registry.run("evaluate_model", as_dict(settings)) as run:
         if dataset is not None:
             run.dataset(dataset, "evaluation")
-        run.summary(report.headline)
-        for file in ("report.html", "report.json"):
+        run.summary({**report.headline, **report.counts})
+        for file in evaluation.FILES:
             run.artifact(fetch(folder / file))
         if settings.model.startswith("models:/"):
             row = registry.find(settings.model)
             short = f"{dataset.path.name} {dataset.manifest.digest[:8]}" if dataset else settings.suite
             found = {f"{short} {n}": f"{v:.4f}" for n, v in report.headline.items()}
             registry.tag(row["name"], row["version"], {**found, f"{short} run": run.id})
-    for number, value in report.headline.items():
-        print(f"{number:<24} {value:.4f}")
-    left = ", ".join(f"{reason} {n:,}" for reason, n in report.numbers["left_out"].items())
-    print(
-        f"scored {report.numbers['examples_scored']:,} of {report.numbers['examples_in']:,} examples{f'; left out: {left}' if left else ''}"
-    )
+    print("\n".join(evaluation.lines(report)))
     print(f"report: {folder / 'report.html'}")
     return report
 

@@ -4,9 +4,10 @@
     rayward run select_uncertain --source store/pool --model models:/my-rm --dropout 0.1 --passes 8 --count 500 --output store/next
     rayward run judge_pairs --source store/next --output store/judged
 
-Several models are an ensemble: the same training with other seeds (`--set train.seed=1`), or other versions. One model with `--dropout` is
-asked several times with a part of its inputs left out at random; one model alone can only say where it is undecided between its best two
-answers. Models of pairs and rankings disagree about differences of scores within a prompt, models of outcomes and steps about chances.
+Several models are an ensemble: the same training with other seeds (`--set train.seed=1`), or other versions. A model that was trained with
+`--set net.members=5` is one by itself. One model with `--dropout` is asked several times with a part of its inputs left out at random; one
+with a single head can only say where it is undecided between its best two answers. Models of pairs and rankings disagree about differences
+of scores within a prompt, models of outcomes and steps about chances.
 
 OUTPUT holds all answers of the chosen prompts as rollouts, each with the reason in its provenance (`selected`: uncertain or random,
 `uncertainty`, `uncertainty_rank`), for label_pairs, judge_pairs or people. A share of `--random` is drawn from the whole pool whatever
@@ -48,7 +49,6 @@ class Settings:
 def main(settings: Settings) -> Dataset:
     """Score the pool with every model, choose, write."""
     pool = open_dataset(settings.source, "rollouts")
-    settings.select.chosen_measure(len(settings.model))
     folders = [registry.model_address(model) for model in settings.model]
     recipe = Recipe.of("select_uncertain", settings, pool.lineage(), *map(registry.identity, settings.model))
     made = uncertainty.select(recipe, pool, folders, settings.count, settings.select, settings.actors)

@@ -16,7 +16,7 @@ that ended, and goes on with the others from their checkpoints; a larger --trial
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rayward import evaluation, fitting, places, registry, sweeping
@@ -71,6 +71,7 @@ def main(settings: Settings) -> dict[str, Any]:
     rules = Rules(settings.by, settings.halve, settings.keep_models)
     space = sweeping.parse_space(settings.space)
     sweep = sweeping.prepare(base, space, settings.output, settings.trials, settings.seed, rules)
+    settings = replace(settings, model=sweep.base.model)
     with registry.run("sweep_reward_model", as_dict(settings), keep=sweep.folder / fitting.TRACKING) as run:
         run.dataset(sweep.dataset, "training")
         results = sweeping.run(sweep, tracking(run.id), settings.concurrency, settings.cpus)

@@ -9,7 +9,7 @@ Ctrl-C, kill a worker, lose the machine: the same command goes on from the last 
 of a cluster share no disk, OUTPUT is a URL or store:NAME.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rayward import fitting, registry
 from rayward.adapters import LoraSettings
@@ -47,10 +47,11 @@ class Settings:
 
 def main(settings: Settings) -> Fitted:
     """Fit, log, register."""
+    settings = replace(settings, model=registry.pinned(settings.model))
     fit = FitSettings.of(settings, model=registry.model_address(settings.model))
     registry.check_name(settings.register)
     per_worker = Resources(settings.cpus_per_worker, settings.gpus_per_worker, settings.wait_s)
-    prepared = fitting.prepare(fit, settings.output, settings.workers, settings.min_workers, per_worker)
+    prepared = fitting.prepare(fit, settings.output, settings.workers, settings.min_workers, per_worker, settings.model)
     with registry.run("train_reward_model", as_dict(settings), keep=prepared.place / fitting.TRACKING) as run:
         run.dataset(prepared.sides.dataset, "training")
         fitted = prepared.train(run.metrics)

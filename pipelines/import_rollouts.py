@@ -5,7 +5,8 @@
 
 A source is a .jsonl, .json, .csv (each also .gz, .zst) or .parquet file, a folder of them, a URL of either (s3://, gs://, hf://), or a
 set that `datasets` loads. `--format auto` tells the format of every file by the keys of its first rows, and says how it knew;
-docs/formats.md lists the formats. What cannot be used lies in OUTPUT/rejects with its reason.
+docs/formats.md lists the formats. What cannot be used lies in OUTPUT/rejects with its reason. So do rows whose prompt was made from more
+than texts (`tools`, `chat_template_kwargs`, images): no format reads that, and `--without tools` takes them without it.
 """
 
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ class Settings:
     source: str  # a file, a folder of files, a URL of either, or org/name:split of a hub data set
     output: str  # folder for the rollouts
     format: str = "auto"  # what the rows are: a name from docs/formats.md, your own as module:function, or auto: by their keys
+    without: str = ""  # what the prompts were made from and no format reads, to take such rows without it, e.g. tools,chat_template_kwargs
     parts: int = 0  # parts the output is laid into, a power of two (0: by size)
     engine: Engine = "auto"  # where the work runs
     cpus: float = 1.0  # CPU cores that each task holds on engine ray
@@ -35,7 +37,7 @@ def main(settings: Settings) -> Dataset:
     files = formats.find_files(settings.source)
     named = dataflow.formats_of(files, settings.format)
     recipe = Recipe.of("import_rollouts", settings, *({**formats.describe_file(path), "format": named[path]} for _, path in files))
-    return dataflow.import_files(recipe, files, named, settings.parts)
+    return dataflow.import_files(recipe, files, named, settings.parts, settings.without)
 
 
 if __name__ == "__main__":

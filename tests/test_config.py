@@ -5,12 +5,13 @@ The command is tested as a user meets it: a small script in a process of its own
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import pytest
 import yaml
@@ -18,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rayward.cli import scripts
-from rayward.config import as_dict, choose, convert, field_help, flatten, merge, parse_sets, read_file, resolve, suggest
+from rayward.config import AUTO, as_dict, choose, convert, field_help, flatten, merge, parse_sets, read_file, resolve, suggest
 from rayward.errors import SettingsError
 
 
@@ -288,6 +289,7 @@ class Settings:
     shuffle: bool = True  # another order every epoch
     engine: Literal["auto", "local"] = "auto"
     render: Render = Render()
+    wait_s: float = -1.0  # seconds
 
 
 def main(settings: Settings) -> None:
@@ -334,7 +336,7 @@ def said(script: Path, *arguments: str) -> dict[str, Any]:
 
 
 def test_what_is_said_last_wins(script: Path) -> None:
-    default = {"names": ["a"], "note": None, "shuffle": True, "engine": "auto"}
+    default = {"names": ["a"], "note": None, "shuffle": True, "engine": "auto", "wait_s": -1.0}
     file = ["--config", "some.yaml"]
     sets = ["--set", "epochs=8", "--set", "lr=0.25", "--set", "render.max_length=32"]
     assert said(script, "--source", "s") == {
@@ -427,12 +429,61 @@ def test_help_says_every_setting_with_its_comment_and_default(script: Path) -> N
         "Try settings out.",
         "folder of examples [required]",
         "times over the data [default: 3]",
-        "--shuffle / --no-shuffle another order every epoch [default: True]",
-        "[one of: auto, local]",
-        "--max-length <str> tokens of prompt and answer [default: 512]",
+        "--source <DIR> folder of examples [required]",
+        "--epochs <int> times over the data [default: 3]",
+        "--lr <float> [default: 1e-05]",
+        "--names <text,...> [default: a]",
+        "--note <text>|none",
+        "--shuffle / --no-shuffle another order every epoch [default: true]",
+        "--engine auto|local [default: auto]",
+        "--max-length <int> tokens of prompt and answer [default: 512]",
+        "--wait-s <float>|auto seconds [default: auto]",
+        "--config <FILE>",
         "--dry-run",
     ):
         assert words in text
+
+
+def script_settings(name: str) -> Any:
+    """The settings class of a script."""
+    spec = importlib.util.spec_from_file_location(f"try_{name}", scripts()[name])
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module.Settings
+
+
+def test_auto_is_the_number_that_says_so() -> None:
+    """Every entry of the table is a number setting of a script, whose help says what the number does; the word resolves to it."""
+    said: dict[str, tuple[Any, str]] = {}
+    for name in ("train_reward_model", "sample_rollouts", "score_rollouts"):
+        cls = script_settings(name)
+        hints = get_type_hints(cls)
+        groups = {"": cls} | {f"{n}.": kind for n, kind in hints.items() if is_dataclass(kind)}
+        for prefix, group in groups.items():
+            said |= {prefix + n: (kind, field_help(group).get(n, "")) for n, kind in get_type_hints(group).items()}
+    for setting, number in AUTO.items():
+        kind, text = said[setting]
+        assert kind in (int, float)
+        assert f"{number}: " in text, setting
+        assert convert(kind, "auto", setting) == convert(kind, number, setting) == number
+        assert type(convert(kind, "auto", setting)) is kind
+        with pytest.raises(SettingsError, match=f"{setting}='automatic' is not a (whole )?number or auto"):
+            convert(kind, "automatic", setting)
+    with pytest.raises(SettingsError, match=r"train\.epochs='auto' is not a whole number$"):
+        convert(int, "auto", "train.epochs")
+
+
+def test_auto_changes_no_digest() -> None:
+    job = script_settings("train_reward_model")
+    given: dict[str, Any] = {"examples": "e", "output": "o", "lora": {"rank": 8}}
+    words = ["batch.micro_tokens=auto", "train.validate_every=auto", "lora.alpha=auto", "gpus_per_worker=auto"]
+    numbers = ["batch.micro_tokens=0", "train.validate_every=0", "lora.alpha=0", "gpus_per_worker=-1"]
+    one, two = (resolve(job, merge(given, parse_sets(sets))) for sets in (words, numbers))
+    assert one == two
+    assert as_dict(one) == as_dict(two)
 
 
 def test_the_fields_of_the_one_group_of_nested_settings_are_options_too(script: Path) -> None:

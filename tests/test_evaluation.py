@@ -412,6 +412,47 @@ def test_the_same_scores_make_the_same_report(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------------------- a real model
 
 
+# ------------------------------------------------------------------------------------------------------------ the terminal
+
+
+@pytest.mark.parametrize("made", [rankings(0, 40), processes(0, 40), processes(1, 40, answers=2)], ids=["order", "steps", "best of steps"])
+def test_every_figure_is_said_with_its_interval_and_what_it_was_taken_over(made: Scored) -> None:
+    report, _ = evaluate([e for e, _ in made], scorer(made), "a test", "a model")
+    head, columns, *rows = evaluation.lines(report)
+    assert head == f"a test: 40 of 40 examples scored, of {report.numbers['prompts']} prompts"
+    assert [row.split()[0] for row in rows] == [f.name for f in report.figures]
+    sure = {f.name: f for f in report.figures if f.low == f.low}
+    assert sure
+    for row, figure in zip(rows, report.figures, strict=True):
+        at = columns.index("95 % interval")
+        assert row[at : at + 15].strip() == (f"{figure.low:.4f}-{figure.high:.4f}" if figure.name in sure else "")
+        assert row.split()[1] == f"{figure.value:.4f}"
+        assert row.endswith(f" {figure.n:,} {figure.of}")
+        assert len(row) < 80
+    for name, figure in sure.items():
+        assert (report.headline[f"{name}_low"], report.headline[f"{name}_high"]) == (figure.low, figure.high)
+
+
+def test_a_report_of_nothing_says_so() -> None:
+    made = [(example(0, (3.0,)), (1.0,))]
+    [head, why] = evaluation.lines(evaluate([made[0][0]], scorer(made), "a test", "a model")[0])
+    assert "1 of 1 examples scored" in head
+    assert "no two answers differ" in why
+
+
+@pytest.mark.parametrize("made", [rankings(0), processes(0)], ids=["order", "steps"])
+def test_what_rows_add_makes_the_figures(made: Scored) -> None:
+    report, rows = evaluate([e for e, _ in made], scorer(made), "a test", "a model")
+    assert report.shares
+    figures = {f.name: f for f in report.figures}
+    for name in report.shares:
+        total, weight = (rows[f"{name}{end}"].to_numpy() for end in evaluation.SHARE)
+        assert total.sum() / weight.sum() == pytest.approx(figures[name].value)
+        assert (total <= weight).all() or name == "nll"
+    alone = evaluate([made[3][0]], scorer(made), "a test", "a model")[1]
+    assert all(alone[c][0].as_py() == pytest.approx(rows[c][3].as_py()) for c in alone.column_names if c.endswith(evaluation.SHARE))
+
+
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
     return make_toy(tmp_path_factory.getbasetemp())
@@ -440,7 +481,8 @@ def test_the_job_writes_the_report_logs_it_and_tags_the_version(toy: Toy, store:
         r for r in client.search_runs([client.get_experiment_by_name("rayward").experiment_id]) if r.data.tags["job"] == "evaluate_model"
     ]
     assert run.data.metrics["accuracy"] == pytest.approx(accuracy)
-    assert {f.path for f in client.list_artifacts(run.info.run_id)} == {"report.html", "report.json"}
+    assert {f.path for f in client.list_artifacts(run.info.run_id)} == {"report.html", "report.json", "scores.parquet"}
+    assert run.data.metrics["prompts"] == numbers["prompts"]
     [went_in] = run.inputs.dataset_inputs
     assert went_in.dataset.digest == open_dataset(toy.pairs).manifest.digest
     tags = registry.find("toy-pairs@champion")["tags"]

@@ -26,13 +26,14 @@ from rayward.adapters import LoraSettings
 from rayward.batching import BatchSettings
 from rayward.checkpoints import Writer
 from rayward.errors import RaywardError, SettingsError
-from rayward.fitting import FitSettings, fit
+from rayward.fitting import FitSettings, fit, prepare
 from rayward.optimizers import head_parts
+from rayward.rendering import RenderSettings
 from rayward.reward_model import ModelSettings, RewardModel, load_model
 from rayward.storage import Dataset
 from rayward.training import TrainSettings, freeze
-from test_generative import language_model
-from tiny import classifier, toy_dataset
+from test_bodies import MORE
+from tiny import classifier, language_model, toy_dataset
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -131,6 +132,79 @@ def test_a_run_with_another_of_the_new_settings_is_refused(pairs: Dataset, tmp_p
     with pytest.raises(SettingsError, match=r"train.average: 0.0 -> 0.5; train.schedule: cosine -> wsd"):
         fit(settings_of(pairs, train=replace(TRAIN, average=0.5, schedule="wsd")), str(tmp_path))
 
+
+# ------------------------------------------------------------------------------------------------------ from a language model
+
+
+def from_base(pairs: Dataset, base: Path, **changes: Any) -> FitSettings:
+    """A fit that puts a fresh head on what lies in `base`."""
+    once = replace(TRAIN, epochs=1)
+    usual = {"model": str(base), "net": ModelSettings(new_head=True), "render": RenderSettings(max_length=256), "train": once}
+    return settings_of(pairs, **{**usual, **changes})
+
+
+@pytest.fixture
+def bodies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bodies that test_bodies has besides."""
+    for kind, body in MORE.items():
+        monkeypatch.setitem(tiny.BODIES, kind, body)
+
+
+def test_a_fresh_head_is_a_function_of_the_seed_alone(pairs: Dataset, tmp_path: Path) -> None:
+    language_model(tmp_path / "base")
+    starts = []
+    for n, seed in enumerate((3, 3, 4)):
+        torch.manual_seed(n)  # whatever was drawn before in this process
+        prepare(from_base(pairs, tmp_path / "base", train=replace(TRAIN, seed=seed)), str(tmp_path / f"{n}"))
+        starts.append(load_file(tmp_path / f"{n}" / "start" / "model.safetensors"))
+    assert equal(starts[0], starts[1])
+    assert {name for name in starts[0] if not torch.equal(starts[0][name], starts[2][name])} == {"score.weight"}
+
+
+@pytest.mark.usefixtures("bodies")
+@pytest.mark.parametrize(
+    ("kind", "changes", "times"), [("mistral", {"sliding_window": 16}, 1), ("jamba", {}, 1), ("mistral", {}, 0), ("qwen3", {}, 0)]
+)
+def test_a_body_that_cannot_share_a_prompt_says_so_in_one_line(
+    kind: str, changes: dict[str, Any], times: int, pairs: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    language_model(tmp_path / "base", kind, **changes)
+    fit(from_base(pairs, tmp_path / "base", batch=BatchSettings(size=64)), str(tmp_path / "fit"))
+    said = capsys.readouterr()
+    lines = [line for line in (said.out + said.err).splitlines() if "cannot share a prompt" in line]
+    assert len(lines) == times
+
+
+@pytest.mark.usefixtures("bodies")
+def test_a_mixture_of_experts_gets_a_head_and_is_trained_whole(pairs: Dataset, tmp_path: Path) -> None:
+    language_model(tmp_path / "base", "qwen3_moe")
+    fit(from_base(pairs, tmp_path / "base", regularise='{"balance": 0.01}'), str(tmp_path / "fit"))
+    before, after = (load_file(tmp_path / "fit" / name / "model.safetensors") for name in ("start", "model"))
+    assert before.keys() == after.keys()
+    moved = {name for name in after if not torch.equal(after[name], before[name])}
+    assert {name for name in after if "experts" in name or "gate" in name or name.startswith("score")} <= moved
+    curve = [line["loss"] for line in lines(tmp_path / "fit") if "loss" in line]
+    assert curve[-1] < curve[0]
+
+
+def test_a_checkpoint_in_half_precision_is_trained_and_kept_in_float32(pairs: Dataset, tmp_path: Path) -> None:
+    halved = language_model(tmp_path / "base").to(torch.bfloat16)
+    halved.save_pretrained(tmp_path / "base")
+    stored = load_file(tmp_path / "base" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+    settings = from_base(pairs, tmp_path / "base", train=replace(TRAIN, epochs=1, lr=1e-5))
+    prepared = prepare(settings, str(tmp_path / "fit"))
+    assert {p.dtype for p in prepared.loaded.model.parameters()} == {torch.float32}
+    assert prepared.train().metrics
+    for name in ("start", "model"):
+        kept = load_file(tmp_path / "fit" / name / "model.safetensors")
+        assert {tensor.dtype for tensor in kept.values()} == {torch.float32}
+        assert json.loads((tmp_path / "fit" / name / "config.json").read_text())["dtype"] == "float32"
+        same = [torch.equal(kept[n], stored[n].float()) for n in kept if n in stored]
+        assert all(same) if name == "start" else not any(same)  # steps that bfloat16 would have rounded away
+
+
+# ------------------------------------------------------------------------------------------------------------ what is frozen
 
 PARTS = [
     ("qwen3", {"score"}),
@@ -240,7 +314,8 @@ def test_what_a_killed_run_left_is_tidied_and_the_best_comes_back(tmp_path: Path
 
 # --------------------------------------------------------------------------------------------------------- kill -9 and Ctrl-C
 
-LONG = replace(TRAIN, epochs=100, log_every=5, validate_every=50, checkpoint_every=10, average=0.9)  # some 600 steps
+LONG = replace(TRAIN, epochs=100, log_every=5, validate_every=50, checkpoint_every=10, average=0.9)
+LONG_STEPS = 500  # at least; of fewer, five random kills would leave too little behind the last
 
 
 def job(pairs: Dataset, output: Path, *words: str) -> subprocess.Popen[str]:
@@ -269,6 +344,7 @@ def wait_until(there: Callable[[], bool], process: subprocess.Popen[str]) -> Non
 @pytest.mark.timeout(600)
 def test_a_run_killed_five_times_at_random_ends_with_the_same_weights(pairs: Dataset, tmp_path: Path) -> None:
     fit(settings_of(pairs, train=LONG), str(tmp_path / "whole"))
+    assert step_of(tmp_path / "whole") >= LONG_STEPS
     output, rng = tmp_path / "killed", random.Random(0)
     for _ in range(5):
         process, begun, more = job(pairs, output), step_of(output), rng.randint(10, 90)
@@ -297,16 +373,17 @@ def worker_pids() -> list[int]:
 def test_a_worker_killed_five_times_at_random_changes_no_bit(ray_cluster: Any, pairs: Dataset, tmp_path: Path) -> None:
     settings = settings_of(pairs, train=LONG, batch=BatchSettings(size=8, micro_tokens=400))
     fit(settings, str(tmp_path / "whole"), workers=2)
+    assert step_of(tmp_path / "whole") >= LONG_STEPS
     output, rng, done = tmp_path / "killed", random.Random(0), threading.Event()
     killed: list[int] = []
 
     def kill() -> None:
-        due = rng.randint(11, 60)
+        due = rng.randint(40, 110)
         while not done.wait(0.02) and len(killed) < 5:
             if step_of(output) >= due and (pids := worker_pids()):
                 os.kill(rng.choice(pids), signal.SIGKILL)
                 killed.append(step_of(output))
-                due = killed[-1] + rng.randint(11, 60)
+                due = killed[-1] + rng.randint(40, 110)
 
     killer = threading.Thread(target=kill)
     killer.start()

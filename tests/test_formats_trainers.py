@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from rayward.formats import FORMATS, RawRow, parse, recognise
+from driving import done, here
+from rayward.formats import FORMATS, PROMPT_COLUMNS, UNREAD, RawRow, make_format, parse, recognise
 from rayward.formats.trainers import HELPSTEER_ATTRIBUTES, STEERLM_ATTRIBUTES, STEERLM_SYSTEM
 from rayward.labels import AttributeSettings, attributes
 from rayward.records import BadRecord, Example, Message, Rejected, Rollout
@@ -502,3 +506,81 @@ def test_ratings_come_back_with_the_missing_ones_masked(name: str) -> None:
 )
 def test_rows_are_recognised(name: str, row: Row) -> None:
     assert recognise([RawRow("f.jsonl", 1, json.dumps(row).encode())], "f.jsonl")[0] == name
+
+
+# ----------------------------------------------------------------------------------- prompts that were made from more than texts
+
+TOOL = {"type": "function", "function": {"name": "add", "description": "Add numbers.", "parameters": {}}}
+CALLED = {"role": "assistant", "content": "Wait.", "tool_calls": [{"function": {"name": "add", "arguments": {}}}]}
+PAIR = {"prompt": TALK, "chosen": [assistant("4")], "rejected": [assistant("5")]}
+ASIDE: dict[str, tuple[str, Row, str]] = {
+    "TRL, tools": ("preference", {**PAIR, "tools": [TOOL]}, "tools"),
+    "TRL, tools as JSON text": ("preference", {**PAIR, "tools": json.dumps([TOOL])}, "tools"),
+    "TRL, settings of the template": ("preference", {**PAIR, "chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs"),
+    "TRL, both": ("preference", {**PAIR, "tools": [TOOL], "chat_template_kwargs": {"x": 1}}, "tools, chat_template_kwargs"),
+    "TRL, an image": ("preference", {**PAIR, "images": ["a.png"]}, "images"),
+    "a call among the messages": ("preference", {**PAIR, "prompt": [user("Hi"), CALLED, user("2+2?")]}, "tool_calls"),
+    "a call in an answer": ("preference", {**PAIR, "chosen": [{**assistant("4"), "tool_calls": [{"name": "add"}]}]}, "tool_calls"),
+    "ms-swift": ("ms_swift", {"messages": [*TALK, assistant("4")], "rejected_response": "5", "tools": json.dumps([TOOL])}, "tools"),
+    "LLaMA-Factory": (
+        "llama_factory_sharegpt",
+        {"conversations": [human("2+2?")], "chosen": gpt("4"), "rejected": gpt("5"), "tools": "add: adds numbers"},
+        "tools",
+    ),
+    "our own": ("rollouts", {"prompt": "2+2?", "answer": "4", "tools": [TOOL]}, "tools"),
+}
+
+
+@pytest.mark.parametrize("case", ASIDE)
+def test_a_prompt_that_was_made_from_more_than_texts_is_rejected_or_taken_knowingly(case: str) -> None:
+    name, row, said_of = ASIDE[case]
+    raw = RawRow("f.jsonl", 1, json.dumps(row).encode())
+    found = parse(FORMATS[name], raw)
+    assert isinstance(found, Rejected)
+    assert found.reason.startswith(f"{UNREAD}: the prompt was made from {said_of} too")
+    taken = parse(FORMATS[name], raw, said_of.split(", "))
+    bare = {key: value for key, value in row.items() if key not in said_of.split(", ")}
+    assert not isinstance(taken, Rejected)
+    assert [(r.prompt, r.text, r.reward) for r in taken] == [(r.prompt, r.text, r.reward) for r in parse_without_calls(name, bare)]
+
+
+def parse_without_calls(name: str, row: Row) -> list[Rollout]:
+    """The rollouts of a row, with no calls in its messages."""
+    plain = {k: [{n: v for n, v in m.items() if n != "tool_calls"} for m in v] if isinstance(v, list) else v for k, v in row.items()}
+    return read(name, plain)
+
+
+@pytest.mark.parametrize("empty", [None, "", "[]", "{}", "null", [], {}, {"enable_thinking": None}, [{"name": None}], float("nan")])
+@pytest.mark.parametrize("column", PROMPT_COLUMNS)
+def test_a_column_that_says_nothing_is_no_reason(column: str, empty: object) -> None:
+    assert [(r.prompt, r.text) for r in read("preference", {**PAIR, column: empty})] == [
+        (r.prompt, r.text) for r in read("preference", PAIR)
+    ]
+
+
+def test_a_reader_of_the_users_own_sees_such_rows() -> None:
+    form = make_format(f"{__name__}:tools_as_system")
+    found = parse(form, RawRow("f.jsonl", 1, json.dumps({"prompt": "2+2?", "answer": "4", "tools": ["add"]}).encode()))
+    assert not isinstance(found, Rejected)
+    assert said(found[0]) == "s:add u:2+2?"
+
+
+def tools_as_system(row: Row, row_id: str) -> list[Rollout]:
+    return [Rollout(id=row_id, prompt=(Message("system", row["tools"][0]), Message("user", row["prompt"])), steps=(row["answer"],))]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_an_import_says_what_it_left_out_and_how_to_take_it(ending: str, tmp_path: Path) -> None:
+    rows = [{"id": f"r{n}", "prompt": f"{n}+{n}?", "answer": str(2 * n), "tools": "add" if n == 1 else ""} for n in range(3)]
+    if ending == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    else:
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    words = ("import_rollouts", "--source", tmp_path / f"rows.{ending}", "--engine", "local", "--output")
+    told = done(here(*words, tmp_path / "strict")).err
+    assert "3 in = 2 used + 1 rejected (unread column 1)" in told
+    assert "--without tools,chat_template_kwargs" in told
+    told = done(here(*words, tmp_path / "knowing", "--without", "tools")).err
+    assert "3 in = 3 used" in told
+    assert "--without" not in told
+    here(*words, tmp_path / "wrong", "--without", "tool").mistake("without=tool is no column", "did you mean tools?")

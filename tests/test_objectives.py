@@ -7,6 +7,8 @@ and all settings that docs/objectives.md names, so a new entry is held to everyt
 from __future__ import annotations
 
 import inspect
+import itertools
+import json
 import math
 import re
 from pathlib import Path
@@ -136,6 +138,32 @@ def test_large_scores_stay_finite(name: str, dtype: torch.dtype, signs: Places) 
     loss, pulls = with_gradient(name, score.to(dtype), target.float(), mask)
     assert torch.isfinite(loss).all()
     assert torch.isfinite(pulls).all()
+
+
+EXTREMES: dict[str, list[float]] = {  # small and large values of every setting that a loss has
+    "temperature": [0.01, 0.1, 5.0, 100.0],
+    "smoothing": [0.0, 0.01, 0.49],
+    "scale": [0.0, 0.01, 100.0],
+    "margin": [0.0, 0.01, 100.0],
+    "gamma": [0.0, 0.01, 0.3, 1.0, 1.5, 5.0, 100.0],
+    "length_weight": [0.0, 0.01, 10.0],
+    "by_count": [0.0, 0.5, 8.0],
+}
+SET = [(name, setting, value) for name, entry in OBJECTIVES.items() for setting in settings_of(entry.loss) for value in EXTREMES[setting]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("name", "setting", "value"), SET)
+def test_large_scores_stay_finite_under_every_setting(name: str, setting: str, value: float, dtype: torch.dtype) -> None:
+    entry = make_objective(name, json.dumps({setting: value}))
+    scores = torch.tensor(list(itertools.product([-1e4, -104.5, 0.0, 3.0, 200.0, 1e4], repeat=3)), dtype=dtype)
+    for targets in ([1.0, 0.0, 0.5], [0.0, 1.0, 0.5], [1.0, 1.0, 0.0], [0.5, 0.5, 0.5], [0.0, 0.0, 0.0]):
+        score, target = scores.clone().requires_grad_(), torch.tensor([targets] * len(scores))
+        loss = entry.loss(score, target, torch.ones_like(target, dtype=torch.bool), **given_of(entry, score, target))
+        loss.sum().backward()
+        assert torch.isfinite(loss).all()
+        assert score.grad is not None
+        assert torch.isfinite(score.grad).all()
 
 
 @every(whole=False)  # a correlation of values that hardly vary is all rounding

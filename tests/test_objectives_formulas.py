@@ -29,7 +29,7 @@ from rayward.objectives import (
     q_ranking,
 )
 from rayward.objectives.places import correlation, rank
-from rayward.objectives.regularisers import log_barrier
+from rayward.objectives.regularisers import REGULARISERS, log_barrier
 from test_objectives import ALONG, GROUP, SCORE, SHORT, Places, loss_of, losses, tensors, with_gradient
 
 PROPERTY = settings(deadline=None, max_examples=40)
@@ -480,6 +480,45 @@ def test_q_ranking_lets_right_steps_rise_and_wrong_ones_fall() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------- regularisers
+
+
+def barrier(score: float) -> float:
+    """-log(1 - (score / 5)^2), and from 4.95 on the tangent there."""
+    slope = 2 * 4.95 / (25 - 4.95**2)
+    return -math.log(1 - (min(abs(score), 4.95) / 5) ** 2) + slope * max(0.0, abs(score) - 4.95)
+
+
+TERMS_OF_SCORES: dict[str, Callable[[list[float]], float]] = {
+    "centre": lambda scores: sum(scores) ** 2,
+    "square": lambda scores: mean([s * s for s in scores]),
+    "log_barrier": lambda scores: mean([barrier(s) for s in scores]),
+}
+
+
+def test_every_regulariser_has_its_formula() -> None:
+    assert TERMS_OF_SCORES.keys() == REGULARISERS.keys()
+
+
+@pytest.mark.parametrize("name", list(TERMS_OF_SCORES))
+@PROPERTY
+@given(groups=st.lists(GROUP, min_size=1, max_size=3), junk=st.sampled_from([0.0, 3.0, 1e30, math.nan]))
+def test_every_regulariser_is_its_formula(name: str, groups: list[Places], junk: float) -> None:
+    score, _, mask = tensors(groups, junk)
+    expected = [TERMS_OF_SCORES[name]([s for s, _ in places]) for places in groups]
+    assert REGULARISERS[name](score, mask).tolist() == pytest.approx(expected, rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "scores", "worth"),
+    [
+        ("centre", [1.0, 2.0, -0.5], 6.25),
+        ("square", [1.0, 2.0, -0.5], 1.75),
+        ("log_barrier", [3.0, -4.0, 0.0], math.log(1.5625 / 0.36) / 3),
+    ],
+)
+def test_regularisers_by_hand(name: str, scores: list[float], worth: float) -> None:
+    score, _, mask = tensors([[(s, 0.0) for s in scores]])
+    assert REGULARISERS[name](score, mask).tolist() == pytest.approx([worth])
 
 
 def test_the_log_barrier_is_its_formula_inside_and_goes_on_straight() -> None:

@@ -1,30 +1,54 @@
-"""Objectives on a model: every entry of the table learns from each kind of label that it accepts.
+"""Objectives in a fit: every entry of the table learns from each kind of label that it accepts, and refuses the others with the way out.
 
-The others it refuses with the way out.
+`REFUSALS` says by hand which it refuses, and docs/objectives.md must ask for what they lack.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from rayward.batching import BatchSettings, collate
+from rayward.batching import BatchSettings
 from rayward.errors import RaywardError
-from rayward.fitting import FitSettings, prepare
-from rayward.objectives import OBJECTIVES, Objective
-from rayward.records import Example, examples_table
-from rayward.rendering import Groups, Renderer, RenderSettings, write_groups
-from rayward.reward_model import ModelSettings, tiny_model
+from rayward.fitting import FitSettings, fit, prepare
+from rayward.labels import LABELERS, PairSettings
+from rayward.objectives import OBJECTIVES
+from rayward.objectives.docs import page
+from rayward.records import Example
+from rayward.rendering import Groups, RenderSettings
+from rayward.reward_model import ModelSettings, load_model, score_groups
 from rayward.training import TrainSettings
-from tiny import dataset_of, example, question, toy_examples
+from test_objectives_formulas import TERMS_OF_SCORES
+from tiny import dataset_of, example, question, toy_examples, toy_rollouts
 
 torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 STEPS = 20
+
+
+def voted() -> list[Example]:
+    """Two answers each that four annotators compared, of one mind or not."""
+    made = []
+    for n, (a, b, *_) in enumerate(toy_rollouts(4, answers=2)):
+        names = [f"annotator {k}" for k in range(4)]
+        said = [
+            replace(r, id=f"{r.id} {name}", judgement=name, annotator=name, reward=float((r is a) == (k >= n)))
+            for k, name in enumerate(names)
+            for r in (a, b)
+        ]
+        made += [e for e in LABELERS["pairs"].label(said, PairSettings(votes=True)) if isinstance(e, Example)]
+    return made
+
+
+def with_rewards() -> list[Example]:
+    """Rankings by a reward that is no probability."""
+    return [replace(e, targets=tuple(4 * t - 1 for t in e.targets)) for e in toy_examples("rankings", 4, answers=4)]
 
 
 def rated() -> list[Example]:
@@ -37,100 +61,131 @@ def rated() -> list[Example]:
     return made
 
 
-def with_rewards() -> list[Example]:
-    """Rankings by a reward that is no probability."""
-    return [replace(e, targets=tuple(4 * t - 1 for t in e.targets)) for e in toy_examples("rankings", 4, answers=4)]
+KINDS = {  # kind of label -> the labeler that makes such examples, and some of them
+    "pairs": ("pairs", lambda: toy_examples("pairs", 3, answers=4)),
+    "votes": ("pairs", voted),
+    "rankings": ("rankings", lambda: toy_examples("rankings", 4, answers=4)),
+    "rewards": ("rankings", with_rewards),
+    "outcomes": ("outcomes", lambda: toy_examples("outcomes", 4, answers=3)),
+    "single outcomes": (
+        "outcomes",
+        lambda: [example(f"A: {n}", prompt=question(f"{n} + 0?"), targets=(float(n % 2),), id=str(n)) for n in range(12)],
+    ),
+    "attributes": ("attributes", rated),
+    "steps": ("steps", lambda: toy_examples("steps", 6)),
+}
 
-
-KINDS = {
-    "pairs": lambda: toy_examples("pairs", 3, answers=4),
-    "rankings": lambda: toy_examples("rankings", 4, answers=4),
-    "rewards": with_rewards,
-    "outcomes": lambda: toy_examples("outcomes", 4, answers=3),
-    "single outcomes": lambda: [example(f"A: {n}", prompt=question(f"{n} + 0?"), targets=(float(n % 2),), id=str(n)) for n in range(12)],
-    "attributes": rated,
-    "steps": lambda: toy_examples("steps", 6),
+# What an objective says of a kind that it refuses -> what docs/objectives.md says it asks for
+ASKS = {
+    "compares places of one example": "two different targets in some example",
+    "needs targets between 0 and 1": "targets in [0, 1]",
+    "compares the steps of an answer": "steps",
+    "gives an answer's target to all of its tokens": "one target per answer",
+    "a head that is not of attributes": "one target per answer",
+    "targets called right, short, and the model gives one score": "one attribute at most",
+    "would learn the chances of": "no chances",
+}
+COMPARES, UNIT, STEPWISE, ENDS, WHOLE, ONE, CHANCES = ASKS
+ALONE = {"single outcomes": COMPARES}
+RATINGS = {"rewards": UNIT, "attributes": UNIT}
+AT_ENDS = {"attributes": WHOLE, "steps": ENDS}
+REFUSALS: dict[str, dict[str, str]] = {
+    **dict.fromkeys(["bradley_terry", "margin", "scaled", "hinge", "focal", "adjacent", "ranknet"], ALONE),
+    "vote_share": {**ALONE, **RATINGS},
+    "debiased": {**ALONE, "attributes": ONE},
+    **dict.fromkeys(["plackett_luce", "pick_best", "listnet", "lambdarank"], ALONE),
+    "q_ranking": {**{kind: STEPWISE for kind in KINDS if kind != "steps"}, **RATINGS},
+    "binary_cross_entropy": RATINGS,
+    "three_class": {**RATINGS, "attributes": ONE},
+    "next_token": {**RATINGS, "attributes": ONE},
+    "token_wise": {**ALONE, **AT_ENDS},
+    "token_cross_entropy": {**RATINGS, **AT_ENDS},
+    "squared_error": dict.fromkeys(["outcomes", "single outcomes", "steps"], CHANCES),
 }
 
 
+LEARNS = {name: [kind for kind in KINDS if kind not in refused] for name, refused in REFUSALS.items()}
+QUICK = {(name, kinds[n % len(kinds)]) for n, (name, kinds) in enumerate(LEARNS.items())}  # a diagonal: one kind each; the rest is slow
+
+
 @pytest.fixture(scope="module")
-def labelled() -> dict[str, list[Example]]:
-    return {kind: make() for kind, make in KINDS.items()}
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Examples of every kind on disk, as its labeler leaves them."""
+    folder = tmp_path_factory.mktemp("labelled")
+    return {kind: dataset_of(make(), folder / kind, f"label_{labeler}").path for kind, (labeler, make) in KINDS.items()}
 
 
-def targets_of(examples: list[Example]) -> Iterator[list[float]]:
-    """The known targets of every example."""
-    for e in examples:
-        yield [t for t, n in zip(e.targets, e.counts, strict=True) if n]
+def settings_of(name: str, examples: Path) -> FitSettings:
+    """A fit of a model of a few thousand weights, all examples in every step."""
+    net = ModelSettings(width=16, layers=1, head_tokens="yes no" if OBJECTIVES[name].head == "verdict" else "")
+    train = TrainSettings(epochs=STEPS, lr=1e-2, log_every=1)
+    return FitSettings(str(examples), "tiny", name, net, RenderSettings(max_length=128), BatchSettings(size=64), train, 0.0)
 
 
-def refusal(entry: Objective, kind: str, examples: list[Example]) -> str:
-    """What must be said of this kind of label; empty if it is accepted."""
-    if entry.head and kind == "attributes":
-        return "short"  # the attribute that such a head has no output for
-    if entry.ends and kind == "attributes":
-        return "a head that is not of attributes"
-    if entry.unit and not all(0 <= t <= 1 for targets in targets_of(examples) for t in targets):
-        return "needs targets between 0 and 1"
-    if entry.ends and kind == "steps":
-        return "gives an answer's target to all of its tokens"
-    if entry.compares and not any(len(set(targets)) > 1 for targets in targets_of(examples)):
-        return "compares places of one example"
-    return ""
+def losses(output: Path) -> list[float]:
+    """The loss at every step of a fit."""
+    said = [json.loads(line) for line in (output / "run" / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in said if "loss" in line]
 
 
-def tokens_of(entry: Objective) -> str:
-    """The words that a verdict is read from, where the head is one."""
-    return "yes no" if entry.head == "verdict" else ""
+def test_every_objective_is_here_and_every_kind_is_tried_quickly() -> None:
+    assert REFUSALS.keys() == OBJECTIVES.keys() == {name for name, _ in QUICK}
+    assert {kind for _, kind in QUICK} == set(KINDS)
 
 
-def fit_settings(name: str, examples: Path) -> FitSettings:
-    """A fit of a model of a few thousand weights."""
-    net = ModelSettings(width=16, layers=1, head_tokens=tokens_of(OBJECTIVES[name]))
-    return FitSettings(str(examples), "tiny", name, net, RenderSettings(max_length=128), BatchSettings(), TrainSettings(), 0.0)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [pytest.param(name, kind, marks=[] if (name, kind) in QUICK else [pytest.mark.slow]) for name in LEARNS for kind in LEARNS[name]],
+)
+def test_it_learns_from_the_labels_it_accepts(name: str, kind: str, labelled: dict[str, Path], tmp_path: Path) -> None:
+    done = fit(settings_of(name, labelled[kind]), str(tmp_path))
+    curve = losses(tmp_path)
+    assert len(curve) == STEPS
+    assert curve[0] > 0
+    assert curve[-1] < 0.98 * curve[0]
+    assert (done.notes["objective"], done.notes["labeler"]) == (name, KINDS[kind][0])
+    assert done.examples["rejected"] == 0
 
 
-def losses(entry: Objective, examples: list[Example], folder: Path) -> tuple[float, float]:
-    """The loss before and after some steps of a fresh small model on all examples at once."""
-    net = ModelSettings(width=16, layers=1, head=entry.head or "auto", head_tokens=tokens_of(entry))
-    loaded = tiny_model(examples, net, 128, 0, examples[0].attributes)
-    model = loaded.model
-    assert write_groups(folder, [examples_table(examples)], Renderer(loaded.tokenizer, RenderSettings(), model.reading.attributes)) == []
-    groups = Groups(folder)
-    batch = collate([[groups[n]] for n in range(len(groups))], shared=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-
-    def loss() -> torch.Tensor:
-        output_GKC, terms = model.hear(batch, entry.body_terms)
-        return entry.of(batch, model.reading.pick(output_GKC, batch.column_GK), output_GKC, len(model.reading.attributes), terms).mean()
-
-    before = loss().item()
-    for _ in range(STEPS):
-        optimizer.zero_grad()
-        loss().backward()
-        optimizer.step()
-    return before, loss().item()
+@pytest.mark.parametrize(("name", "kind"), [(name, kind) for name in REFUSALS for kind in REFUSALS[name]])
+def test_it_refuses_the_others_and_says_what_it_asks_for(name: str, kind: str, labelled: dict[str, Path], tmp_path: Path) -> None:
+    says = REFUSALS[name][kind]
+    with pytest.raises(RaywardError, match=re.escape(says)) as refused:
+        prepare(settings_of(name, labelled[kind]), str(tmp_path))
+    assert name in str(refused.value) or kind == "attributes"
+    assert "->" in str(refused.value)
+    [row] = [line for line in page().splitlines() if line.startswith(f"| `{name}` |") and line.count(" | ") > 3]
+    asks = re.split(r"(?<!\\)\|", row)[4]
+    assert ASKS[says] in asks
 
 
-@pytest.mark.parametrize(("name", "kind"), [(n, k) for n, entry in OBJECTIVES.items() for k in KINDS if k == "steps" or not entry.steps])
-def test_it_learns_from_the_labels_it_accepts_and_refuses_the_others(
-    name: str, kind: str, labelled: dict[str, list[Example]], tmp_path: Path
+def test_votes_are_shares_that_are_not_all_of_one_mind() -> None:
+    shares = {target for e in voted() for target in e.targets}
+    assert {0.0, 0.25, 0.5, 0.75, 1.0} >= shares > {0.0, 1.0}
+
+
+# ---------------------------------------------------------------------------------------------------------- regularisers
+
+
+def regularised(name: str, weight: float, examples: Path, folder: Path) -> tuple[list[float], float, float]:
+    """Of a fit with so much of a regulariser: its losses, and the term by hand, averaged over examples, at the start and at the end."""
+    settings = replace(settings_of("bradley_terry", examples), regularise=json.dumps({name: weight}))
+    end = fit(settings, str(folder)).model
+    groups = Groups(folder / "groups" / "train")
+    every = [groups[n] for n in range(len(groups))]
+    means = []
+    for path in (folder / "start", end):
+        scores = score_groups(load_model(str(path), ModelSettings()).model, every, settings.batch)
+        terms = [g.weight * TERMS_OF_SCORES[name](score_K.tolist()) for g, score_K in zip(every, scores, strict=True)]
+        means.append(sum(terms) / sum(g.weight for g in every))
+    return losses(folder), means[0], means[1]
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == "centre" else [pytest.mark.slow]) for n in TERMS_OF_SCORES])
+def test_a_regulariser_adds_its_weight_of_its_term_and_a_fit_ends_with_less_of_it(
+    name: str, labelled: dict[str, Path], tmp_path: Path
 ) -> None:
-    entry, examples = OBJECTIVES[name], labelled[kind]
-    says = refusal(entry, kind, examples)
-    if says:
-        dataset_of(examples, tmp_path / "examples", f"label_{kind}")
-        with pytest.raises(RaywardError, match=re.escape(says)) as refused:
-            prepare(fit_settings(name, tmp_path / "examples"), str(tmp_path / "fit"))
-        assert name in str(refused.value) or kind == "attributes"
-        assert "->" in str(refused.value)
-    else:
-        before, after = losses(entry, examples, tmp_path / "groups")
-        assert before > 0
-        assert after < 0.98 * before
-
-
-def test_every_kind_is_accepted_by_some_and_every_objective_accepts_some(labelled: dict[str, list[Example]]) -> None:
-    accepted = {(n, k) for n, entry in OBJECTIVES.items() for k, e in labelled.items() if not refusal(entry, k, e)}
-    assert {n for n, _ in accepted} == set(OBJECTIVES)
-    assert {k for _, k in accepted} == set(KINDS)
+    plain, _, left_to_itself = regularised(name, 0.0, labelled["rankings"], tmp_path / "plain")
+    more, begun_with, held = regularised(name, 0.1, labelled["rankings"], tmp_path / "held")
+    assert more[0] - plain[0] == pytest.approx(0.1 * begun_with, abs=1e-6)
+    assert held < 0.5 * left_to_itself

@@ -124,9 +124,9 @@ def test_ratings_stay_what_they_were(way: str, tmp_path: Path) -> None:
     batch = collate([GROUPS], shared=True)
     with torch.no_grad():
         output_GKC, before_GKC = model.outputs(batch), plain.outputs(batch)
-    assert torch.equal(output_GKC[..., :3], before_GKC)
+    torch.testing.assert_close(output_GKC[..., :3], before_GKC, rtol=1e-6, atol=1e-6)
     column_GK = torch.full_like(batch.column_GK, 2)
-    assert torch.equal(model.reading.pick(output_GKC, column_GK), before_GKC[..., 2])
+    assert torch.equal(model.reading.pick(output_GKC, column_GK), output_GKC[..., 2])
 
 
 @pytest.mark.parametrize("way", ["linear", "gate"])
@@ -218,6 +218,70 @@ def test_no_attribute_of_a_score_follows_verbosity(verbosity: str, tmp_path: Pat
         assert spearman(rating_NA[:, a] - share * length_N, length_N) <= 1e-9
     assert much["helpful"] > 0 or verbosity == "tokens"
     assert verbosity == "tokens" or much["short"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("take_off", "verbosity", "much"),
+    [
+        ('{"tokens": 0.5}', "tokens", (0.5, 0.5, 0.5)),
+        ('{"tokens": {"true": 2, "helpful": 0}}', "tokens", (0.0, 0.0, 2.0)),
+        ('{"short": 1}', "short", (1.0, 1.0, 1.0)),
+    ],
+)
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_taken_off_by_hand_is_in_the_score_and_stays(
+    way: str, take_off: str, verbosity: str, much: tuple[float, ...], tmp_path: Path
+) -> None:
+    path = str(rated(tmp_path))
+    loaded = load_model(path, ModelSettings(overall=way, take_off=take_off))  # type: ignore[arg-type]
+    assert (loaded.model.reading.verbosity, loaded.model.reading.taken_off) == (verbosity, much)
+    scores = score_groups(loaded.model, GROUPS, BatchSettings())
+    for group, score in zip(GROUPS, scores, strict=True):
+        np.testing.assert_allclose(score, by_hand(loaded.model.eval(), group), rtol=2e-4, atol=2e-5)
+    save_model(loaded.model, loaded.tokenizer, tmp_path / "saved", {})
+    again = load_model(str(tmp_path / "saved"), ModelSettings()).model
+    assert again.reading == loaded.model.reading
+    same = load_model(str(tmp_path / "saved"), ModelSettings(take_off=take_off)).model
+    assert same.reading == loaded.model.reading
+    other = ModelSettings(take_off='{"tokens": 0.25}')
+    if way == "mean":
+        assert load_model(str(tmp_path / "saved"), other).model.reading.taken_off == (0.25, 0.25, 0.25)
+    else:
+        with pytest.raises(ModelError, match="have learned from"):
+            load_model(str(tmp_path / "saved"), other)
+
+
+@pytest.mark.parametrize(
+    ("take_off", "word"),
+    [
+        ('{"wordy": 1}', r"wordy is no attribute \(helpful, short, true\)(.|\n)*or tokens"),
+        ('{"tokens": {"helpfull": 1}}', "helpfull is no attribute to take off from"),
+        ('{"tokens": -0.5}', "-0.5 of tokens cannot be taken off helpful(.|\n)*at least 0, in points of the attribute per token"),
+        ('{"short": "much"}', '"much" of short cannot be taken off(.|\n)*per point of short'),
+        ('{"tokens": true}', "true of tokens cannot"),
+        ('{"tokens": null}', "null of tokens cannot"),
+        ('{"tokens": NaN}', "NaN of tokens cannot"),
+        ('{"tokens": {"true": Infinity}}', "Infinity of tokens cannot be taken off true"),
+    ],
+)
+def test_nonsense_is_not_taken_off(take_off: str, word: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=word):
+        load_model(str(rated(tmp_path)), ModelSettings(take_off=take_off))
+    with pytest.raises(ModelError, match="is about attributes, and the head is of kind scalar"):
+        load_model(str(tmp_path / "rated"), ModelSettings(take_off='{"tokens": 1}', head="scalar", new_head=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"take_off": "[1]"}, "is not a JSON object"),
+        ({"take_off": '{"tokens": 1, "short": 1}'}, "names more than one verbosity"),
+        ({"take_off": '{"tokens": 1}', "verbosity": "tokens"}, "leave one of them out"),
+    ],
+)
+def test_settings_that_say_two_things_are_refused(changes: dict[str, Any], word: str) -> None:
+    with pytest.raises((SettingsError, ValueError), match=word):
+        ModelSettings(**changes)
 
 
 # --------------------------------------------------------------------------------------------------- from ratings to a gate
@@ -312,6 +376,14 @@ def test_verbosity_is_taken_off_where_the_attributes_are_learned_and_stays(count
     again = stage(tmp_path, tmp_path / "pairs", str(tmp_path / "fit" / "model"), "bradley_terry", ModelSettings(overall="gate"), lr=1e-2)
     fit(again, str(tmp_path / "gated"))
     assert Scorer.load(tmp_path / "gated" / "model").model.reading == replace(less, overall="gate")
+
+
+def test_a_fit_keeps_what_is_taken_off_by_hand(counted: Path, tmp_path: Path) -> None:
+    dataset_of(likings(40), tmp_path / "pairs", "label_pairs")
+    net = ModelSettings(take_off='{"tokens": {"dog": 0.125}}', overall="gate")
+    fit(stage(tmp_path, tmp_path / "pairs", str(counted), "bradley_terry", net, lr=1e-2), str(tmp_path / "fit"))
+    reading = Scorer.load(tmp_path / "fit" / "model").model.reading
+    assert (reading.verbosity, reading.taken_off, reading.overall) == ("tokens", (0.0, 0.125), "gate")
 
 
 def test_an_overall_rating_is_learned_from_its_aspects(counted: Path, tmp_path: Path) -> None:

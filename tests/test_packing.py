@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rayward.attention import NAME, SegmentAttention, spans_of
-from rayward.batching import ANSWERS, BatchSettings, collate, micro_batches, pack
+from rayward.attention import KERNELS, NAME, row_of
+from rayward.batching import BatchSettings, collate, micro_batches, pack
 from rayward.rendering import Group
 from rayward.reward_model import RewardModel, save_model, score_groups
 from tiny import DECODERS, byte_tokenizer, classifier, plain_scores, random_group
@@ -38,14 +37,16 @@ def mixed(seed: int = 1) -> list[Group]:
 
 @PROPERTY
 @given(shapes=SHAPES)
-def test_spans_are_the_prompts_and_answers_of_a_row(shapes: list[tuple[int, list[int]]]) -> None:
+def test_a_row_shows_its_tokens_what_a_mask_of_its_batch_shows(shapes: list[tuple[int, list[int]]]) -> None:
     batch = collate([groups_of(shapes)], shared=True)
-    expected, at = [], 0
-    for prompt, answers in shapes:
-        ends = tuple(itertools.accumulate(answers, initial=at + prompt))
-        expected.append((at, at + prompt, ends))
-        at = ends[-1]
-    assert spans_of(batch.segment_BT[0], ANSWERS) == tuple(expected)
+    assert batch.row is not None
+    assert torch.equal(batch.row.mask_TT(), batch.mask_BTT()[0])
+
+
+def test_rows_of_several_and_separate_sequences_keep_masks() -> None:
+    groups = groups_of([(3, [2, 2]), (2, [4])])
+    assert collate([[groups[0]], [groups[1]]], shared=True).row is None
+    assert collate([[groups[1]]], shared=False).row is None
 
 
 @PROPERTY
@@ -53,7 +54,6 @@ def test_spans_are_the_prompts_and_answers_of_a_row(shapes: list[tuple[int, list
 def test_segments_attend_as_a_mask_has_it_forward_and_backward(shapes: list[tuple[int, list[int]]]) -> None:
     batch = collate([groups_of(shapes)], shared=True)
     mask = batch.mask_BTT()[:, None]
-    spans = spans_of(batch.segment_BT[0], ANSWERS)
     torch.manual_seed(len(shapes))
     T = batch.token_BT.shape[1]
     q, k, v, weight = (3 * torch.randn(1, 2, T, 8, dtype=torch.float64) for _ in range(4))
@@ -63,30 +63,30 @@ def test_segments_attend_as_a_mask_has_it_forward_and_backward(shapes: list[tupl
         if how == "mask":
             out = torch.nn.functional.scaled_dot_product_attention(leaves[0], leaves[1], leaves[2], attn_mask=mask, scale=0.4)
         else:
-            out = SegmentAttention.apply(*leaves, spans, 0.4)
+            assert batch.row is not None
+            out = KERNELS["segments"].attend(*leaves, batch.row, 0.4).transpose(1, 2)
         (out * weight).sum().backward()
         made.append([out, *(t.grad for t in leaves)])
     for a, b in zip(*made, strict=True):
         assert torch.allclose(a, b, atol=1e-10, rtol=1e-8)
 
 
-def test_a_row_without_a_prompt_and_padding_are_segments_too() -> None:
-    """An answer with nothing before it attends to itself; tokens that are padding attend to padding."""
-    segment = torch.tensor([1, 1, 2, 2, 2, ANSWERS, ANSWERS + 1, -1, -1])
-    spans = spans_of(segment, ANSWERS)
-    assert spans == ((0, 0, (0, 2, 5)), (5, 6, (6, 7)), (7, 7, (7, 9)))
-    q, k, v = torch.randn(3, 1, 2, 9, 4).unbind()
-    out = SegmentAttention.apply(q, k, v, spans, 0.5)
+def test_an_answer_without_a_prompt_attends_to_itself() -> None:
+    row = row_of([(0, 2, 3), (1, 1)])
+    assert row.own.queries == ((0, 2), (2, 5), (5, 7))
+    assert not row.across.queries
+    q, k, v = torch.randn(3, 1, 2, 7, 4).unbind()
+    out = KERNELS["segments"].attend(q, k, v, row, 0.5).transpose(1, 2)
     own = slice(2, 5)
     alone = torch.nn.functional.scaled_dot_product_attention(q[:, :, own], k[:, :, own], v[:, :, own], is_causal=True, scale=0.5)
     assert torch.allclose(out[:, :, 2:5], alone, atol=1e-6)
-    assert torch.allclose(out[:, :, 7], v[:, :, 7], atol=1e-6)
 
 
 def test_large_logits_stay_finite_and_right() -> None:
     batch = collate([groups_of([(4, [3, 2])])], shared=True)
+    assert batch.row is not None
     q, k, v = (t * 100 for t in torch.randn(3, 1, 2, 9, 8).unbind())
-    out = SegmentAttention.apply(q, k, v, spans_of(batch.segment_BT[0], ANSWERS), 1.0)
+    out = KERNELS["segments"].attend(q, k, v, batch.row, 1.0).transpose(1, 2)
     whole = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=batch.mask_BTT()[:, None], scale=1.0)
     assert torch.allclose(out, whole, rtol=1e-4, atol=1e-3)
 

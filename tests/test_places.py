@@ -185,6 +185,25 @@ def test_another_content_is_another_copy(tmp_path: Path, monkeypatch: pytest.Mon
     assert not [p for p in (tmp_path / "cache").iterdir() if p.name.startswith(".")]
 
 
+def test_of_two_who_fetch_at_once_the_first_one_s_copy_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAYWARD_CACHE", str(tmp_path / "cache"))
+
+    def writes(text: str, meanwhile: Callable[[], object] = lambda: None) -> Callable[[Path], bool]:
+        def download(aside: Path) -> bool:
+            meanwhile()
+            aside.mkdir()
+            (aside / "weights.bin").write_text(text)
+            return True
+
+        return download
+
+    here = places.fetched("content", "model", writes("slow", lambda: places.fetched("content", "model", writes("quick"))))
+    assert here is not None
+    assert (here / "weights.bin").read_text() == "quick"
+    assert places.fetched("other", "model", lambda aside: False) is None
+    assert list((tmp_path / "cache").iterdir()) == [here.parent]
+
+
 def test_what_changes_while_it_is_fetched_is_fetched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAYWARD_CACHE", str(tmp_path / "cache"))
     folder = at(f"memory://{uuid.uuid4().hex}/model")

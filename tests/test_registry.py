@@ -22,6 +22,8 @@ from typing import Any
 import mlflow
 import pandas as pd
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from driving import RAYWARD, Toy, done, here
 from driving import toy as make_toy
@@ -29,6 +31,7 @@ from rayward import places, registry
 from rayward.errors import Interrupted, RegistryError
 from rayward.metrics import sigmoid
 from rayward.records import Message, Rollout, rollouts_of
+from rayward.reward_model import read_notes
 from rayward.scoring import Scorer
 from rayward.storage import code_version, open_dataset
 
@@ -250,6 +253,27 @@ def test_a_version_leads_back_to_data_labels_and_code(filled: Toy) -> None:
     assert went_in.dataset.digest == tags["data_digest"]
     lines = [json.loads(line) for line in (filled.pairs_model.parent / "run" / "metrics.jsonl").read_text().splitlines()]
     assert history(row["run_id"], "loss") == [(line["step"], line["loss"]) for line in lines if "loss" in line]
+
+
+def test_a_registered_model_is_trained_on_and_the_next_version_names_it(toy: Toy, own: Path, tmp_path: Path) -> None:
+    small = [word for setting in ("render.max_length=160", "train.lr=1e-9", "batch.size=64") for word in ("--set", setting)]
+    job: list[str | Path] = ["--examples", toy.pairs, "--validation-share", "0.1", "--register", "toy-pairs", *small]
+    done(here("train_reward_model", *job, "--model", "models:/toy-pairs@champion", "--output", tmp_path / "second"))
+    first, second = (load_file(folder / "model.safetensors") for folder in (toy.pairs_model, tmp_path / "second" / "model"))
+    assert first.keys() == second.keys()
+    assert all(torch.allclose(first[name], second[name], atol=1e-6) for name in first)  # it began with all of it, the head too
+    registry.promote("toy-pairs", "2")  # the alias moves on, and what a version came from stays
+    found = registry.find("toy-pairs@champion")
+    assert found["version"] == "2"
+    assert found["params"]["model"] == found["tags"]["base_model"] == "models:/toy-pairs/1"
+    assert read_notes(tmp_path / "second" / "model")["base_model"] == "models:/toy-pairs/1"
+
+
+def test_what_leads_back_to_a_model(toy: Toy, own: Path, at_home: Path) -> None:
+    (at_home / "mine").mkdir()
+    leads = {"models:/toy-pairs": "models:/toy-pairs/1", "models:/toy-pairs@champion": "models:/toy-pairs/1", "tiny": "tiny"}
+    leads |= {"models:/toy-steps/1": "models:/toy-steps/1", "mine": str(at_home / "mine"), "org/on-the-hub": "org/on-the-hub"}
+    assert {model: registry.pinned(model) for model in leads} == leads
 
 
 def test_registered_files_hold_no_pickle(filled: Toy) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ import numpy as np
 import pytest
 from transformers import ByT5Tokenizer
 
-from rayward.errors import DataError, ModelError
+from rayward.errors import DataError, ModelError, SettingsError
+from rayward.fitting import fit
 from rayward.records import Example, Message, Rejected, examples_table
-from rayward.rendering import Group, Groups, Renderer, RenderSettings, plain, write_groups
-from rayward.reward_model import word_tokenizer
-from tiny import CHATML, byte_tokenizer, example, question, rendered, wordpiece_tokenizer
+from rayward.rendering import Group, Groups, Renderer, RenderSettings, plain, use_template, write_groups
+from rayward.reward_model import ModelSettings, word_tokenizer
+from rayward.scoring import Scorer
+from tiny import CHATML, FIT, WORDS, byte_tokenizer, classifier, example, question, rendered, toy_dataset, wordpiece_tokenizer
 
 DIALOGUE = (
     Message("system", "Be brief."),
@@ -298,3 +301,36 @@ def test_groups_are_mapped_from_the_file_and_not_read_into_memory(tmp_path: Path
 def test_nothing_rendered_is_an_error_with_the_reasons(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"too long(.|\n)*render.max_length"):
         write_groups(tmp_path, [examples_table([example(LONG, "b")])], Renderer(byte_tokenizer(), RenderSettings(max_length=8)))
+
+
+# ------------------------------------------------------------------------------------------------------- a template of one's own
+
+OWN = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+
+
+def test_a_chat_template_of_ones_own_is_used_and_stays_with_the_model(tmp_path: Path) -> None:
+    (tmp_path / "own.jinja").write_text(OWN, encoding="utf-8")
+    classifier("qwen3", vocabulary=WORDS).save_pretrained(tmp_path / "base")
+    byte_tokenizer(chat_template=None).save_pretrained(tmp_path / "base")
+    toy_dataset("pairs", tmp_path, problems=6)
+    render = RenderSettings(chat_template=str(tmp_path / "own.jinja"))
+    given = {"examples": str(tmp_path / "pairs"), "model": str(tmp_path / "base"), "net": ModelSettings(), "render": render}
+    fitted = fit(replace(FIT, **given), str(tmp_path / "fit"))
+    (tmp_path / "own.jinja").unlink()
+    renderer = Scorer.load(str(fitted.model)).renderer
+    [group] = [g for g in renderer.render([example("Yes.")]) if isinstance(g, Group)]
+    assert renderer.tokenizer.decode(group.token_T).startswith("<user>")
+    assert "<assistant>Yes." in renderer.tokenizer.decode(group.token_T)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [(None, "cannot be used"), ("{% for m in messages %}", "cannot be used"), ("{{ messages[0]['content'] }}", "leaves out")],
+)
+def test_a_chat_template_that_is_none_is_refused(text: str | None, said: str, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "own.jinja").write_text(text, encoding="utf-8")
+    tokenizer = byte_tokenizer()
+    with pytest.raises(SettingsError, match=said):
+        use_template(tokenizer, str(tmp_path / "own.jinja"))
+    assert tokenizer.chat_template == byte_tokenizer().chat_template

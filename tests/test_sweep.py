@@ -21,7 +21,7 @@ from rayward.batching import BatchSettings
 from rayward.errors import RaywardError, SettingsError
 from rayward.fitting import FitSettings
 from rayward.rendering import RenderSettings
-from rayward.reward_model import ModelSettings
+from rayward.reward_model import ModelSettings, read_notes
 from rayward.scoring import Scorer
 from rayward.storage import Dataset
 from rayward.sweeping import Rules, Sweep, Trial, crown, draw, parse_space, prepare, run, run_trial
@@ -370,6 +370,53 @@ def test_the_command_from_a_split_to_the_registry(store: Path, tmp_path: Path, e
     more = done(here("sweep_reward_model", *words, "--trials", "4"))
     won = json.loads((output / "trials.json").read_text())[0]["name"]
     assert ("2 winners have been shown the test split" in more.out) == (won not in tested)
+
+
+def tracked(job: str) -> list[dict[str, str]]:
+    """Tags and params of every run of a job."""
+    client = registry._client()
+    runs = client.search_runs([client.get_experiment_by_name("rayward").experiment_id])
+    return [{**run.data.tags, **run.data.params} for run in runs if run.data.tags["job"] == job]
+
+
+def test_a_sweep_from_a_registered_model_names_the_version(store: Path, tmp_path: Path, examples: Dataset) -> None:
+    first = fitting.fit(base(examples, train=TrainSettings(epochs=1)), str(tmp_path / "first"))
+    for _ in range(2):
+        with registry.run("job", {}) as made:
+            registry.register(made, first.model, "begun", {})
+    registry.promote("begun", "1")
+    words: list[str | Path] = ["--examples", examples.path, "--output", tmp_path / "s", "--register", "swept", "--set", "train.epochs=1"]
+    words += ["--set", "render.max_length=160", "--set", "batch.size=8", "--validation-share", "0.2"]
+    words += ["--space", '{"train.lr": [1e-9]}', "--model", "models:/begun@champion"]
+    done(here("sweep_reward_model", *words))
+    row = registry.find("swept/1")
+    assert row["tags"]["base_model"] == row["params"]["model"] == "models:/begun/1"
+    assert read_notes(tmp_path / "s" / "model")["base_model"] == "models:/begun/1"
+    assert [run["model"] for job in ("sweep_reward_model", "train_reward_model") for run in tracked(job)] == ["models:/begun/1"] * 2
+    began, ended = weights(first.model), weights(tmp_path / "s" / "model")
+    assert all(torch.allclose(began[name], ended[name], atol=1e-6) for name in began)
+    registry.promote("begun", "2")
+    here("sweep_reward_model", *words).mistake("holds a sweep with other settings", "model: models:/begun/1 -> models:/begun/2")
+    words[-1] = "models:/begun/1"
+    assert "registered: models:/swept/1" in done(here("sweep_reward_model", *words)).out
+
+
+def test_a_space_of_registered_models_holds_versions(store: Path, tmp_path: Path, examples: Dataset) -> None:
+    first = fitting.fit(base(examples, train=TrainSettings(epochs=1)), str(tmp_path / "first"))
+    for _ in range(2):
+        with registry.run("job", {}) as made:
+            registry.register(made, first.model, "begun", {})
+    registry.promote("begun", "1")
+    space = '{"model": ["models:/begun@champion", "tiny", "models:/begun/2"], "train.lr": [1e-3, 1e-2]}'
+    sweep = prepared(examples, tmp_path / "s", space)
+    names = ["models:/begun/1", "tiny", "models:/begun/2"]
+    assert (
+        [trial.given["model"] for trial in sweep.trials] == [trial.fit.model for trial in sweep.trials] == [n for n in names for _ in "12"]
+    )
+    assert [Path(trial.address, "model.safetensors").is_file() for trial in sweep.trials] == [True, True, False, False, True, True]
+    registry.promote("begun", "2")
+    with pytest.raises(SettingsError, match="other settings"):
+        prepared(examples, tmp_path / "s", space)
 
 
 @pytest.mark.parametrize(

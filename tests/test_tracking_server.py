@@ -28,12 +28,17 @@ import requests
 
 from driving import RAYWARD, Toy, done, here
 from driving import toy as make_toy
-from rayward import registry
+from rayward import places, registry, sweeping
+from rayward.batching import BatchSettings
 from rayward.errors import RegistryError
+from rayward.fitting import FitSettings
 from rayward.records import Rollout, rollouts_of
 from rayward.registry.buffer import read
+from rayward.rendering import RenderSettings
+from rayward.reward_model import ModelSettings
 from rayward.scoring import Scorer
 from rayward.storage import open_dataset
+from rayward.training import Report, TrainSettings
 
 PASSWORD = "open-sesame-4711"
 SMALL = ["net.width=32", "net.layers=1", "render.max_length=160", "train.lr=2e-3", "batch.size=16", "train.log_every=1"]
@@ -207,6 +212,7 @@ def at_work(monkeypatch: pytest.MonkeyPatch, folder: Path, uri: str) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     monkeypatch.setenv("RAYWARD_STORE", str(folder / "store"))
     monkeypatch.setenv("RAYWARD_TRACKING_WAIT_S", "60")
+    monkeypatch.setenv("RAYWARD_CACHE", str(folder / "cache"))
 
 
 @pytest.fixture
@@ -306,6 +312,100 @@ def test_the_ui_is_the_server_s(gate: Gate) -> None:
     said = done(here("rayward", "ui", "--no-open"))
     assert f"{gate.uri('')}/#/models" in said.out
     assert PASSWORD not in said.out
+
+
+# ------------------------------------------------------------------------------------------------------ models on this disk
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_registered_model_is_fetched_once_and_leaves_nothing_else(
+    toy: Toy, gate: Gate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+    for model in (toy.pairs_model, toy.steps_model):
+        with registry.run("job", {}) as run:
+            registry.register(run, model, "kept-rm", {})
+    registry.promote("kept-rm", "1")
+    before = contents(tmp_path / "scratch")  # a registration's own
+    folder = registry.model_folder("models:/kept-rm@champion")
+    assert contents(folder) == contents(toy.pairs_model)
+    gate.shut_at = "mlflow-artifacts"  # what is here is not asked for again
+    assert registry.model_folder("models:/kept-rm/1") == folder
+    assert registry.model_address("models:/kept-rm@champion") == str(folder)
+    gate.reset()
+    newer = registry.model_folder("models:/kept-rm/2")
+    assert contents(newer) == contents(toy.steps_model)
+    assert sorted(places.cache().iterdir()) == sorted((folder.parent, newer.parent))
+    assert contents(tmp_path / "scratch") == before
+
+
+def test_a_fetch_that_breaks_off_leaves_no_model(toy: Toy, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with registry.run("job", {}) as run:
+        registry.register(run, toy.pairs_model, "broken-rm", {})
+    gate.shut_at = "model.safetensors"
+    with pytest.raises(RegistryError, match="cannot be used"):
+        registry.model_folder("models:/broken-rm")
+    assert list(places.cache().iterdir()) == []
+    gate.reset()
+    assert contents(registry.model_folder("models:/broken-rm")) == contents(toy.pairs_model)
+
+
+@pytest.mark.slow  # processes that import MLflow
+def test_two_processes_fetch_one_model(toy: Toy, gate: Gate) -> None:
+    with registry.run("job", {}) as run:
+        registry.register(run, toy.pairs_model, "wanted-rm", {})
+    code = 'from rayward import registry\nprint(registry.model_folder("models:/wanted-rm/1"))'
+    jobs = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    said = [job.communicate(timeout=240) for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0, 0], said
+    [folder] = {Path(out.splitlines()[-1]) for out, _ in said}
+    assert contents(folder) == contents(toy.pairs_model)
+    assert list(places.cache().iterdir()) == [folder.parent]
+
+
+def test_a_sweep_from_a_registered_model_goes_on_where_the_cache_is_another(toy: Toy, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
+    with registry.run("job", {}) as run:
+        registry.register(run, toy.pairs_model, "begun-rm", {})
+    registry.promote("begun-rm", "1")
+    parts = (ModelSettings(), RenderSettings(max_length=160), BatchSettings(size=16), TrainSettings(checkpoint_every=4, log_every=1))
+    base = FitSettings(str(toy.pairs), "models:/begun-rm@champion", "auto", *parts, validation_share=0.1)
+    steps: list[float] = []
+
+    def prepared() -> sweeping.Sweep:
+        return sweeping.prepare(base, {"train.seed": (0,)}, "s", 0, 0, sweeping.Rules())
+
+    @contextmanager
+    def followed(trial: sweeping.Trial) -> Iterator[Report]:
+        def tell(line: dict[str, float]) -> None:
+            steps.append(line["step"])
+            if len(steps) == 10:
+                raise KeyboardInterrupt
+
+        yield tell
+
+    with pytest.raises(KeyboardInterrupt):
+        sweeping.run(prepared(), followed)
+    monkeypatch.setenv("RAYWARD_CACHE", "another-cache")
+    [result] = sweeping.run(sweep := prepared(), followed)
+    assert steps[:11] == [*range(1, 11), 9]  # from the checkpoint after 8
+    assert (result["status"], result["tags"]["base_model"]) == ("finished", "models:/begun-rm/1")
+    assert Path(sweep.trials[0].address).is_relative_to(places.cache())
+
+
+def test_what_is_registered_and_no_model_of_ours(gate: Gate) -> None:
+    with registry.run("job", {}, keep=Path("tracking.json")) as run:
+        Path("model").write_text("a file")
+        client().log_artifact(run.id, "model", "x/artifacts")
+    client().create_registered_model("foreign")
+    client().create_model_version("foreign", f"{client().get_run(run.id).info.artifact_uri}/x", run.id)
+    with pytest.raises(RegistryError, match="models:/foreign/1 holds no model of Rayward's"):
+        registry.model_folder("models:/foreign")
+    assert list(places.cache().iterdir()) == []
 
 
 # --------------------------------------------------------------------------------------------------------- while it is away
@@ -486,6 +586,21 @@ def test_two_jobs_are_the_first_in_one_new_store(tmp_path: Path) -> None:
     for out, _ in said:
         run = found.get_run(out.strip())
         assert (run.info.status, run.data.metrics) == ("FINISHED", {"loss": 0.5})
+
+
+def test_without_a_server_a_model_stays_where_it_is(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_work(monkeypatch, tmp_path / "a home", "")
+    with registry.run("job", {}) as run:
+        registry.register(run, toy.pairs_model, "rm", {})
+    before = contents(Path("store/artifacts"))
+    folder = registry.model_folder("models:/rm")
+    assert folder.is_relative_to(Path("store/artifacts").absolute())
+    assert contents(folder) == contents(toy.pairs_model)
+    assert contents(Path("store/artifacts")) == before
+    assert not places.cache().exists()
+    Path("store/artifacts").rename("elsewhere")
+    with pytest.raises(RegistryError, match="that folder is not here"):
+        registry.model_folder("models:/rm")
 
 
 def as_nobody() -> list[str]:

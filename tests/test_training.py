@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.distributed as dist
@@ -26,11 +27,11 @@ from rayward import checkpoints
 from rayward.batching import BatchSettings, plan
 from rayward.dataflow.claims import claimed
 from rayward.errors import DataError, ModelError, RaywardError, SettingsError, UserError
-from rayward.fitting import Fitted, fit, prepare
+from rayward.fitting import Fitted, fit, open_sides, prepare
 from rayward.labels import LABELERS
 from rayward.metrics import Mean
 from rayward.objectives import make_objective
-from rayward.records import Example
+from rayward.records import Example, examples_of
 from rayward.rendering import Groups
 from rayward.reward_model import ModelSettings, RewardModel, load_model, save_model, tiny_model, word_tokenizer
 from rayward.storage import Dataset
@@ -513,6 +514,53 @@ def test_a_model_that_was_trained_is_trained_on(fitted: Fitted, pairs: Dataset, 
     done = fit(replace(FIT, examples=str(pairs.path), model=str(fitted.model)), str(tmp_path))
     assert losses(tmp_path / "run")[0] < losses(fitted.model.parent / "run")[0]
     assert load_model(str(done.model), ModelSettings()).notes["base_model"] == str(fitted.model)
+
+
+def test_another_seed_is_another_order_of_the_same_examples(fitted: Fitted, pairs: Dataset, tmp_path: Path) -> None:
+    starts, curves = [], []
+    for n, seed in enumerate((0, 0, 1)):
+        once = replace(FIT.train, epochs=1, lr=1e-9, seed=seed)
+        settings = replace(FIT, examples=str(pairs.path), model=str(fitted.model), batch=BatchSettings(size=1), train=once)
+        prepared = prepare(settings, str(tmp_path / f"{n}"))
+        starts.append({name: p.clone() for name, p in prepared.loaded.model.classifier.state_dict().items()})
+        prepared.train()
+        curves.append(losses(tmp_path / f"{n}" / "run"))
+    assert all(torch.equal(starts[0][name], start[name]) for start in starts for name in starts[0])
+    assert curves[0] == curves[1] != curves[2]
+    assert sorted(curves[0]) == pytest.approx(sorted(curves[2]), abs=1e-4)
+
+
+def test_what_is_too_long_is_counted_told_and_kept_with_its_reason(
+    pairs: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sides = open_sides(str(pairs.path), FIT.validation_share)
+    first = {next(e.id for table in sides.tables(side) for e in examples_of(table)) for side in ("train", "validation")}
+    whole = [e for table in pairs.tables() for e in examples_of(table)]
+    longer = [replace(e, answers=(e.answers[0], ("so " * FIT.render.max_length,))) if e.id in first else e for e in whole]
+    source = dataset_of(longer, tmp_path / "examples", "label_pairs")
+    done = fit(replace(FIT, examples=str(source.path)), str(tmp_path / "fit"))
+    assert done.examples["rejected"] == 2
+    assert sum(done.examples.values()) == source.manifest.out == len(whole)
+    for side in ("train", "validation"):
+        assert done.examples[side] == sum(table.num_rows for table in sides.tables(side)) - 1
+        assert len(Groups(tmp_path / "fit" / "groups" / side)) == done.examples[side]
+    kept = tmp_path / "fit" / "groups" / "rejects.parquet"
+    assert f"2 examples left out (too long 2); see {kept}" in capsys.readouterr().out.splitlines()
+    rows = pq.read_table(kept).to_pylist()
+    assert {row["row"] for row in rows} == first
+    assert all(row["reason"].startswith("too long: ") for row in rows)
+
+
+def test_a_fit_goes_on_from_its_model_wherever_that_was_fetched_to(fitted: Fitted, pairs: Dataset, tmp_path: Path) -> None:
+    """A tracking server's client puts a registered version into another folder every time."""
+    settings = [replace(FIT, examples=str(pairs.path), model=str(shutil.copytree(fitted.model, tmp_path / at))) for at in ("once", "again")]
+    with pytest.raises(Crash):
+        prepare(settings[0], str(tmp_path / "out"), base="models:/mine/1").train(crash_at(4))
+    with pytest.raises(SettingsError, match=r"other settings \(model: models:/mine/1 -> models:/mine/2\)"):
+        prepare(settings[1], str(tmp_path / "out"), base="models:/mine/2")
+    done = prepare(settings[1], str(tmp_path / "out"), base="models:/mine/1").train()
+    assert done.notes["base_model"] == "models:/mine/1"
+    assert model_bytes(done.model) == model_bytes(fit(settings[0], str(tmp_path / "whole")).model)
 
 
 # ----------------------------------------------------------------------------------------------------------------- Ctrl-C

@@ -330,6 +330,11 @@ def test_a_body_in_four_bits_is_unpacked_when_its_adapters_are_merged(pairs: Dat
     groups = [held[n] for n in range(len(held))]
     merged = np.concatenate(score_groups(loaded.model, groups, BatchSettings()))
     model = load_start(tmp_path, settings).model
+    packed = {name for name, p in model.classifier.named_parameters() if getattr(p, "quant_state", None) is not None}
+    assert packed == {name for name, _ in model.classifier.named_parameters() if "_proj." in name}
+    assert {model.classifier.get_parameter(name).dtype for name in packed} == {torch.uint8}
+    assert type(model.head) is torch.nn.Linear
+    assert model.head.weight.dtype == torch.float32
     adapters.add(model.classifier, "score", settings.lora)
     checkpoints.load(checkpoints.best(tmp_path / "run")[0], model.classifier, None)
     np.testing.assert_allclose(merged, np.concatenate(score_groups(model, groups, BatchSettings())), rtol=1e-4, atol=1e-4)

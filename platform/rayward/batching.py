@@ -14,12 +14,14 @@ on any number of workers, before and after a crash.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from rayward.attention.rows import Row, row_of
 from rayward.rendering import Group
 
 AT_ONCE = 4096  # tokens
@@ -62,10 +64,13 @@ class Batch:
     column_GK: Tensor  # int64; which output of the head a target is about, -1: the score that is made of all of them
     owner_BT: Tensor  # int64; group * ANSWERS + answer of every token, also where an answer is a row of its own; -1: padding
     prompt_GK: Tensor  # int64; flat index of the last token of the prompt in front of a place
+    read_N: Tensor  # int64; flat index of every token that is the last of a place, each once; with token 0 where places are masked
+    row: Row | None = field(default=None, kw_only=True)  # who sees whom, of a single row of whole groups
 
     def to(self, device: torch.device | str) -> Batch:
         """The same on another device."""
-        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in self.__dict__.items()})
+        there: dict[str, Any] = {name: part.to(device, non_blocking=True) for name, part in self.__dict__.items() if part is not None}
+        return replace(self, **there)
 
     @property
     def tokens(self) -> int:
@@ -99,14 +104,20 @@ class Batch:
 
     def mask_BTT(self) -> Tensor:
         """mask[b, i, j]: token i attends to token j. Padding attends to itself, so that no row of a softmax is empty."""
-        segment = self.segment_BT
-        group, answer = segment // ANSWERS, segment % ANSWERS
-        T = segment.shape[1]
-        causal = torch.ones(T, T, dtype=torch.bool, device=segment.device).tril()
-        same_group = group[:, :, None] == group[:, None, :]
-        prompt_or_own = (answer[:, None, :] == 0) | (answer[:, :, None] == answer[:, None, :])
-        real = (segment >= 0)[:, :, None] & (segment >= 0)[:, None, :]
-        return (causal & same_group & prompt_or_own & real) | torch.eye(T, dtype=torch.bool, device=segment.device)
+        at_T = torch.arange(self.segment_BT.shape[1], device=self.segment_BT.device)
+        return _sees(self.segment_BT, at_T, self.segment_BT, at_T) | torch.eye(len(at_T), dtype=torch.bool, device=at_T.device)
+
+    def seen_NT(self, at_N: Tensor) -> Tensor:
+        """mask[n, j]: token at_N[n] attends to token j; of a batch of one row."""
+        [segment_T] = self.segment_BT
+        return _sees(segment_T[at_N], at_N, segment_T, torch.arange(len(segment_T), device=segment_T.device))
+
+
+def _sees(segment_Q: Tensor, at_Q: Tensor, segment_T: Tensor, at_T: Tensor) -> Tensor:
+    """mask_QT (behind leading axes of segments): tokens of a prompt and of the same answer that do not come later."""
+    query, key = segment_Q.unsqueeze(-1), segment_T.unsqueeze(-2)
+    same_answer = (query == key) | (key == query // ANSWERS * ANSWERS)
+    return same_answer & (key >= 0) & (at_Q.unsqueeze(-1) >= at_T)
 
 
 def plan(examples: int, size: int, seed: int, epoch: int) -> list[np.ndarray]:
@@ -231,7 +242,9 @@ def collate(rows: Sequence[Sequence[Group]], shared: bool) -> Batch:
             column_GK[g, :k] = group.column_K
     weight_G = np.array([g.weight for g in groups], np.float32)
     of_places = (place_GK, target_GK, mask_GK, weight_G, count_GK, length_GK, column_GK)
-    return Batch(*map(torch.from_numpy, (token_BT, position_BT, segment_BT, *of_places, owner_BT, prompt_GK)))
+    arrays = (token_BT, position_BT, segment_BT, *of_places, owner_BT, prompt_GK, np.unique(place_GK))
+    sees = row_of(g.length_A.tolist() for g in groups) if shared and B == 1 else None
+    return Batch(*map(torch.from_numpy, arrays), row=sees)
 
 
 def _positions(group: Group) -> np.ndarray:

@@ -19,13 +19,14 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -43,8 +44,8 @@ class Writer:
     """Writes checkpoints into FOLDER, one at a time, while training goes on. Every worker calls it; the first one writes.
 
     `with Writer(...)` ends with nothing left to write, whatever ended it. Where a model is spread over workers (`sharded`), they put
-    the weights together for a checkpoint of weights alone, and write one to go on from together, each its share. With `mirror` checkpoints
-    also go to a URL, and the workers need share no disk.
+    the weights together, a tensor at a time, for a checkpoint of weights alone, and write one to go on from together, each its share.
+    With `mirror` checkpoints also go to a URL, and the workers need share no disk.
     """
 
     def __init__(self, folder: Path, rank: int = 0, sharded: bool = False, mirror: Mirror | None = None):
@@ -82,12 +83,11 @@ class Writer:
         """
         if self.sharded and optimizer is not None:
             return self._save_shards(name, model, optimizer, state, average)
-        weights = trained_tensors(model)
         if self.sharded:
-            weights = sharding.whole(weights)
+            return self._save_together(self.folder / name, model, _said(state), set(best))
         if self.rank:
             return None
-        files = {"model.safetensors": weights}
+        files = {"model.safetensors": trained_tensors(model)}
         if optimizer is not None:
             files["optimizer.safetensors"], plain = flat_optimizer(optimizer)
             state = {**state, "optimizer": plain}
@@ -101,6 +101,22 @@ class Writer:
         self._thread = threading.Thread(target=self._write, args=(self.folder / name, copies, _said(state), set(best)))
         self._thread.start()
         return None
+
+    def _save_together(self, target: Path, model: nn.Module, state: str, best: set[int]) -> None:
+        """Write weights that lie on all workers while they are put together, a tensor at a time; what is left to do is done by a thread."""
+        self.wait()
+        stage = target.with_name(f".{target.name}.partial")
+        if self.rank == 0:
+            shutil.rmtree(stage, ignore_errors=True)
+            stage.mkdir(parents=True)
+        try:
+            sharding.write_whole(stage / "model.safetensors", trained_tensors(model))
+        except OSError as error:
+            shutil.rmtree(stage, ignore_errors=True)
+            raise _unwritten(target, error) from error
+        if self.rank == 0:
+            self._thread = threading.Thread(target=self._write, args=(target, {}, state, best))
+            self._thread.start()
 
     def _save_shards(
         self, name: str, model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any], average: Mapping[str, Any] | None
@@ -148,8 +164,9 @@ class Writer:
     def _write(self, target: Path, files: Mapping[str, Mapping[str, torch.Tensor]], state: str, best: set[int]) -> None:
         stage = target.with_name(f".{target.name}.partial")
         try:
-            shutil.rmtree(stage, ignore_errors=True)
-            stage.mkdir(parents=True)
+            if files:
+                shutil.rmtree(stage, ignore_errors=True)
+                stage.mkdir(parents=True)
             for file, tensors in files.items():
                 save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, stage / file)
             (stage / "state.json").write_text(state, encoding="utf-8")
@@ -283,12 +300,11 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) 
     """Put a checkpoint into a model and an optimizer; returns its state.json."""
     try:
         state = read_state(path)
-        weights = load_file(path / "model.safetensors")
+        with safe_open(path / "model.safetensors", "pt") as file:
+            _take(model, {name: partial(file.get_tensor, name) for name in file.keys()}, path)  # noqa: SIM118 - no mapping
         entries = load_file(path / "optimizer.safetensors") if optimizer is not None else {}
-    except Exception as error:  # safetensors raises its own kind, the disk another
+    except (OSError, ValueError, KeyError, SafetensorError, RaywardError) as error:
         raise _damaged(path, error) from error
-    unexpected = model.load_state_dict(weights, strict=False).unexpected_keys
-    assert not unexpected, f"{path} holds weights this model has no place for: {unexpected[:3]}"
     if optimizer is not None:
         whole = optimizer.state_dict()
         for key, value in {**entries, **state.pop("optimizer")}.items():
@@ -296,6 +312,24 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) 
             whole["state"].setdefault(int(number), {})[name] = value
         optimizer.load_state_dict(whole)
     return state
+
+
+@torch.no_grad()
+def _take(model: nn.Module, read: Mapping[str, Callable[[], torch.Tensor]], path: Path) -> None:
+    """Put tensors into a model, one after another: no second model is held."""
+    own = model.state_dict()
+    unexpected = sorted(read.keys() - own.keys())
+    assert not unexpected, f"{path} holds weights this model has no place for: {unexpected[:3]}"
+    for name, tensor in read.items():
+        given = tensor()
+        assert given.shape == own[name].shape, f"{path} holds {name} of shape {tuple(given.shape)}, and not {tuple(own[name].shape)}"
+        own[name].copy_(given)
+
+
+def load_whole(path: Path, model: nn.Module) -> None:
+    """Put the weights of a checkpoint into a model that is spread over workers; the first of them reads."""
+    sharding.read_whole(path / "model.safetensors", trained_tensors(model))
+    sharding.reshard(model)
 
 
 def load_shards(

@@ -14,6 +14,9 @@
 gives  `--source S --min-gap 0.5 --max-length 512 --config FILE.yaml --set render.max_length=512 --dry-run --help`. What is said last wins,
 in this order: the defaults, the file, `--set`, the named options. Where there are one or two groups of nested settings their fields are
 options too; where there are more, only `--set group.name=` reaches them. Unknown names fail with a suggestion.
+
+Help says what kind of value each takes (`kind_of`). Where a number stands for "found out by itself" (AUTO), the word `auto` means that
+number: what is resolved, and every digest of it, is the same.
 """
 
 from __future__ import annotations
@@ -27,7 +30,9 @@ import io
 import json
 import os
 import re
+import shutil
 import sys
+import textwrap
 import tokenize
 import types
 import typing
@@ -38,6 +43,17 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from rayward.errors import Interrupted, RaywardError, SettingsError, UserError
 
 T = TypeVar("T")
+
+AUTO: dict[str, int] = {  # settings in which a number says: found out by itself
+    "batch.micro_tokens": 0,  # what fits into the GPU
+    "train.validate_every": 0,  # five times a run
+    "train.checkpoint_every": 0,  # ten times a run
+    "lora.alpha": 0,  # twice the rank
+    "parts": 0,  # by size
+    "gpus": -1,  # one where the cluster has any
+    "gpus_per_worker": -1,
+    "wait_s": -1,  # by whether the cluster is busy or too small
+}
 
 
 def suggest(name: str, known: Sequence[str]) -> str:
@@ -116,6 +132,8 @@ def convert(kind: Any, value: Any, where: str) -> Any:
     >>> convert(int, "3.5", "steps")
     Traceback (most recent call last):
     rayward.errors.SettingsError: steps='3.5' is not a whole number
+    >>> convert(float, "auto", "gpus_per_worker")
+    -1.0
     """
     origin = get_origin(kind)
     if dataclasses.is_dataclass(kind):
@@ -151,6 +169,8 @@ def convert(kind: Any, value: Any, where: str) -> Any:
             return words[str(value).lower()]
         raise SettingsError(f"{where}={value!r} is neither true nor false")
     if kind in (int, float):
+        if value == "auto" and where in AUTO:
+            return kind(AUTO[where])
         try:
             if isinstance(value, bool):
                 raise ValueError
@@ -164,7 +184,8 @@ def convert(kind: Any, value: Any, where: str) -> Any:
                 raise ValueError
             return int(value) if isinstance(value, int) else int(number)
         except (TypeError, ValueError, OverflowError):
-            raise SettingsError(f"{where}={value!r} is not a {'whole ' if kind is int else ''}number") from None
+            what = f"a {'whole ' if kind is int else ''}number{' or auto' if where in AUTO else ''}"
+            raise SettingsError(f"{where}={value!r} is not {what}") from None
     if kind is str:
         if value is None or isinstance(value, Mapping | list):
             raise SettingsError(f"{where}={value!r} is not a text")
@@ -337,6 +358,48 @@ def field_help(cls: type) -> dict[str, str]:
     return help_of
 
 
+_PLACE = re.compile(r"(?:^|\ban? |\bor |, |YAML |\.json )(?:hub )?(folder|file|place|URL|name|models:/)(?:s?\b|(?=[A-Z]))")
+_PLACES = {"folder": "DIR", "file": "FILE", "place": "DIR|URL", "URL": "URL", "name": "NAME", "models:/": "models:/NAME"}
+
+
+def kind_of(kind: Any, name: str, text: str) -> str:
+    """What a user writes for a setting, for its help: by its type, and for a text by what its comment begins with.
+
+    >>> kind_of(float, "train.lr", ""), kind_of(int, "batch.micro_tokens", ""), kind_of(Literal["auto", "ray"], "engine", "")
+    ('<float>', '<int>|auto', 'auto|ray')
+    >>> kind_of(str, "source", "a file, a folder of files, a URL of either"), kind_of(str, "space", "JSON of names"), kind_of(str, "by", "")
+    ('<FILE|DIR|URL>', '<JSON>', '<text>')
+    >>> kind_of(str, "model", "folder or hub name of a model, models:/NAME@ALIAS, or tiny: from scratch")
+    '<DIR|NAME|models:/NAME>'
+    >>> kind_of(tuple[str, ...], "names", "their names"), kind_of(bool, "train.shard", "")
+    ('<text,...>', 'true|false')
+    """
+    origin = get_origin(kind)
+    if origin in (Union, types.UnionType):
+        return "|".join("none" if a is type(None) else kind_of(a, name, text) for a in get_args(kind))
+    if origin is Literal:
+        return "|".join(map(str, get_args(kind)))
+    if origin is tuple:
+        return kind_of(get_args(kind)[0], name, text).replace(">", ",...>")
+    if kind is bool:
+        return "true|false"
+    if kind in (int, float):
+        return f"<{kind.__name__}>" + ("|auto" if name in AUTO else "")
+    if text.startswith("JSON"):
+        return "<JSON>"
+    places = dict.fromkeys(_PLACES[found] for found in _PLACE.findall(re.split(r":(?!/)|[;(]", text)[0]))
+    return f"<{'|'.join(places)}>" if places else "<text>"
+
+
+def _shown(value: Any, name: str) -> str:
+    """A default as a user would write it."""
+    if name in AUTO and value == AUTO[name]:
+        return "auto"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
 def command(main: Callable[[Any], object]) -> None:
     """Run `main(settings)` as a command whose options are the fields of its settings class."""
     import typer
@@ -345,40 +408,49 @@ def command(main: Callable[[Any], object]) -> None:
     run, nested = _typer_function(main, cls)
     text = inspect.cleandoc(sys.modules[main.__module__].__doc__ or "").replace("\n\n    ", "\n\n\b\n    ")
     if nested:
-        text += "\n\n\b\nNested settings, with their defaults:\n" + "\n".join("  " + line for line in nested)
+        text += "\n\n\b\nNested settings, with their defaults:\n" + "\n".join("  " + line for one in nested for line in _folded(*one))
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     app.command(help=text, context_settings={"max_content_width": 120})(run)
     guarded(app)
 
 
-def _typer_function(main: Callable[[Any], object], cls: type) -> tuple[Callable[..., None], list[str]]:
+def _folded(setting: str, words: str) -> list[str]:
+    """A setting and what is said of it: one line for `grep`, or as many as fit into the terminal."""
+    if not sys.stdout.isatty():
+        return [f"{setting:<46}  {words}"]
+    wide = min(shutil.get_terminal_size().columns, 140) - 4  # that help is indented by
+    if wide >= 110 and len(setting) <= 46:
+        first, *more = textwrap.wrap(words, wide - 48)
+        return [f"{setting:<46}  {first}", *(" " * 48 + line for line in more)]
+    return [setting, *("    " + line for line in textwrap.wrap(words, wide - 4))]
+
+
+def _typer_function(main: Callable[[Any], object], cls: type) -> tuple[Callable[..., None], list[tuple[str, str]]]:
     """A function with one typer option per plain field, plus --config, --set and --dry-run; and a line of help per nested setting."""
     import typer
 
     hints, help_of = get_type_hints(cls), field_help(cls)
     parameters: list[inspect.Parameter] = []
-    nested: list[str] = []
+    nested: list[tuple[str, str]] = []
     groups = [f for f in dataclasses.fields(cls) if dataclasses.is_dataclass(hints[f.name])]
     own = Counter(f.name for f in dataclasses.fields(cls)) + Counter(f.name for g in groups for f in dataclasses.fields(hints[g.name]))
 
-    def add(name: str, option: str, kind: Any, text: str, default: Any = None) -> None:
-        annotation = typing.Annotated[kind, typer.Option(option, help=text, show_default=False)]
+    def add(name: str, option: str, kind: Any, text: str, default: Any = None, metavar: str | None = None) -> None:
+        annotation = typing.Annotated[kind, typer.Option(option, help=text, show_default=False, metavar=metavar)]
         parameters.append(
             inspect.Parameter(name.replace(".", "__"), inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
         )
 
     def add_field(name: str, field: dataclasses.Field[Any], kind: Any, text: str, default: Any) -> None:
-        flag = "--" + field.name.replace("_", "-")
+        flag, written = "--" + field.name.replace("_", "-"), kind_of(kind, name, text)
         if default is dataclasses.MISSING:
             text += " [required]"
         elif default not in (None, "", ()):
-            text += f" [default: {default}]"
-        if get_origin(kind) is Literal:
-            text += f" [one of: {', '.join(map(str, get_args(kind)))}]"
+            text += f" [default: {_shown(default, name)}]"
         if kind is bool:
             add(name, f"{flag}/--no-{flag[2:]}", bool | None, text)
         else:
-            add(name, flag, str | None, text)
+            add(name, flag, str | None, text, metavar=written)
 
     for field in dataclasses.fields(cls):
         kind, text = hints[field.name], help_of.get(field.name) or ""
@@ -392,9 +464,10 @@ def _typer_function(main: Callable[[Any], object], cls: type) -> tuple[Callable[
             if len(groups) <= 2 and own[f.name] == 1 and not dataclasses.is_dataclass(value):
                 add_field(f"{field.name}.{f.name}", f, inner_hints[f.name], words, value)
             else:
-                nested.append(f"--set {field.name}.{f.name}={value}".ljust(46) + "  " + words)
-    add("config", "--config", str | None, "a YAML file of settings")
-    add("set_", "--set", list[str] | None, "any setting by its dotted name: --set group.name=value (repeatable)")
+                name = f"{field.name}.{f.name}"
+                nested.append((f"--set {name}={_shown(value, name)}", f"{kind_of(inner_hints[f.name], name, words)}  {words}"))
+    add("config", "--config", str | None, "a YAML file of settings", metavar="<FILE>")
+    add("set_", "--set", list[str] | None, "any setting by its dotted name: --set group.name=value (repeatable)", metavar="<NAME=VALUE>")
     add("dry_run", "--dry-run", bool, "print the resolved settings and stop", False)
 
     def run(**options: Any) -> None:

@@ -10,6 +10,9 @@ Which numbers there are follows from the examples:
 Accuracy weighs a judgement's comparisons 1 together and counts a tie of scores as wrong; it is given with a tie counted as half beside
 it. Intervals are 95 % bootstraps over prompts. A calibrated number is cross-fitted: the temperature of one half of the prompts, by
 hash, is applied to the other.
+
+What every example adds to a figure lies in scores.parquet, so that two models' figures can be compared example by example
+(`rayward models compare`).
 """
 
 from __future__ import annotations
@@ -17,10 +20,11 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,45 +42,115 @@ Array = np.ndarray
 
 
 @dataclass(frozen=True)
+class Figure:
+    """One number of a report: how much, how sure, and of how many."""
+
+    name: str
+    value: float
+    n: int  # things it was taken over
+    of: str  # what they are
+    low: float = math.nan  # ends of its 95 % interval; NaN where none is computed
+    high: float = math.nan
+
+
+@dataclass(frozen=True)
 class Report:
     """What was found; `numbers` is what report.json holds."""
 
     numbers: dict[str, Any]
     plots: dict[str, str]  # title -> SVG
     worst: list[dict[str, Any]]  # the most confident mistakes
+    shares: dict[str, tuple[Array, Array]] = field(default_factory=dict)  # figure -> what each example adds to its total and its weight
+
+    @property
+    def figures(self) -> list[Figure]:
+        """The few numbers that stand for the whole."""
+        found: list[Figure] = []
+        if order := self.numbers.get("order"):
+            found += _order_figures(order)
+        if segments := self.numbers.get("segments"):
+            found += _segment_figures(segments)
+        for name, said in (self.numbers.get("attributes") or {}).items():
+            found += [Figure(f"{name}_{how}", said[how], said["ratings"], "ratings") for how in ("spearman", "rmse")]
+            if "order" in said:
+                found.append(_sure(f"{name}_accuracy", said["order"]["accuracy"], said["order"]["comparisons"], "comparisons"))
+        if best := self.numbers.get("best_of"):
+            found += [Figure(f"best_of_{what}", best[key], best["examples"], "examples") for what, key in BEST_OF]
+        return [figure for figure in found if figure.value == figure.value]
 
     @property
     def headline(self) -> dict[str, float]:
-        """The few numbers that stand for the whole, flat."""
+        """The figures, flat: NAME, and NAME_low and NAME_high where there is an interval."""
         flat: dict[str, float] = {}
-        order, segments = self.numbers.get("order"), self.numbers.get("segments")
-        if order:
-            flat |= {
-                "accuracy": order["accuracy"]["value"],
-                "accuracy_low": order["accuracy"]["low"],
-                "accuracy_high": order["accuracy"]["high"],
-            }
-            flat |= {"length_baseline": order["length_baseline"]["value"], "nll": order["nll"], "brier": order["brier"]}
-            flat |= {"ece": order["ece"], "ece_calibrated": order["calibrated"]["ece"], "temperature": order["temperature"]}
-        if segments:
-            flat |= {"segment_accuracy": segments["accuracy"]["value"], "segment_ece": segments["ece"]}
-            flat |= {"segment_ece_calibrated": segments["calibrated"]["ece"]}
-            if "first_error" in segments:
-                flat["first_error_f1"] = segments["first_error"]["f1"]
-                flat["prm_score"] = segments["prm_score"]["prm_score"]
-                flat["least_on_last"] = segments["least_on_last"]["share"]
-            if "best_of" in segments:
-                flat |= {f"best_of_{how}": value for how, value in segments["best_of"]["picked"].items()}
-        for name, said in (self.numbers.get("attributes") or {}).items():
-            flat |= {f"{name}_spearman": said["spearman"], f"{name}_rmse": said["rmse"]}
-            if "order" in said:
-                flat[f"{name}_accuracy"] = said["order"]["accuracy"]["value"]
-        if "best_of" in self.numbers:
-            flat |= {
-                "best_of_picked": self.numbers["best_of"]["picked"],
-                "best_of_mean": self.numbers["best_of"]["mean_answer"],
-            }
+        for f in self.figures:
+            flat |= {f.name: f.value, f"{f.name}_low": f.low, f"{f.name}_high": f.high}
         return {name: value for name, value in flat.items() if value == value}
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many prompts and examples stand behind the figures."""
+        return {name: self.numbers[name] for name in ("prompts", "examples_in", "examples_scored")}
+
+
+SHARE = (".total", ".weight")  # columns of scores.parquet: what a row adds to a figure, which is the sum of the one over that of the other
+BEST_OF = (("picked", "picked"), ("mean", "mean_answer"))
+
+
+def _sure(name: str, found: dict[str, float], n: int, of: str) -> Figure:
+    return Figure(name, found["value"], n, of, found["low"], found["high"])
+
+
+def _order_figures(order: dict[str, Any]) -> list[Figure]:
+    n, of = order["comparisons"], "comparisons"
+    plain = {**{name: order[name] for name in ("nll", "brier", "ece")}, "ece_calibrated": order["calibrated"]["ece"]}
+    return [
+        *(_sure(name, order[name], n, of) for name in ("accuracy", "length_baseline")),
+        *(Figure(name, value, n, of) for name, value in {**plain, "temperature": order["temperature"]}.items()),
+    ]
+
+
+def _segment_figures(segments: dict[str, Any]) -> list[Figure]:
+    n, of = segments["segments"], "segments"
+    found = [
+        _sure("segment_accuracy", segments["accuracy"], n, of),
+        Figure("segment_ece", segments["ece"], n, of),
+        Figure("segment_ece_calibrated", segments["calibrated"]["ece"], n, of),
+    ]
+    if first := segments.get("first_error"):
+        answers = first["erroneous"] + first["clean"]
+        found += [
+            Figure("first_error_f1", first["f1"], answers, "answers", first["f1_low"], first["f1_high"]),
+            Figure("prm_score", segments["prm_score"]["prm_score"], n, of),
+            Figure("least_on_last", segments["least_on_last"]["share"], segments["least_on_last"]["answers"], "answers"),
+        ]
+    if best := segments.get("best_of"):
+        found += [Figure(f"best_of_{how}", value, best["prompts"], "prompts") for how, value in best["picked"].items()]
+    return found
+
+
+def lines(report: Report) -> list[str]:
+    """A report for a terminal: a line per figure with its 95 % interval, and what it was taken over.
+
+    >>> numbers = {"name": "mine", "examples_scored": 8, "examples_in": 9, "prompts": 8, "left_out": {"too long": 1}}
+    >>> best = {"picked": 0.75, "mean_answer": 0.5, "examples": 8}
+    >>> print("\\n".join(lines(Report({**numbers, "best_of": best}, {}, []))))
+    mine: 8 of 9 examples scored, of 8 prompts; left out: too long 1
+                      value  95 % interval      n
+    best_of_picked   0.7500                     8 examples
+    best_of_mean     0.5000                     8 examples
+    """
+    said, figures = report.numbers, report.figures
+    left = ", ".join(f"{reason} {n:,}" for reason, n in said["left_out"].items())
+    scored = f"{said['examples_scored']:,} of {said['examples_in']:,} examples scored, of {said['prompts']:,} prompts"
+    head = f"{said['name']}: {scored}{f'; left out: {left}' if left else ''}"
+    if not figures:
+        return [head, "nothing to judge: no two answers differ in their targets, and no segment has a chance as its target"]
+    wide, long = max(len(f.name) for f in figures), max(3, *(len(f"{f.n:,}") for f in figures))
+    rows = [f"{'':<{wide}}  {'value':>7}  {'95 % interval':<15}  {'n':>{long}}"]
+    for f in figures:
+        interval = f"{f.low:.4f}-{f.high:.4f}" if f.low == f.low else ""
+        rows.append(f"{f.name:<{wide}}  {f.value:>7.4f}  {interval:<15}  {f.n:>{long},} {f.of}")
+    return [head, *rows]
 
 
 def evaluate(
@@ -101,9 +175,10 @@ def evaluate(
             "characters": pa.array([[len("".join(a)) for a in e.answers] for e, _ in kept], pa.list_(pa.int64())),
             "segments": pa.array([[len(a) for a in e.answers] for e, _ in kept], pa.list_(pa.int64())),  # of each answer
             "weight": [e.weight for e, _ in kept],
+            **{f"{name}{SHARE[n]}": share[n] for name, share in report.shares.items() for n in range(2)},
         }
     )
-    return Report({**head, **report.numbers}, report.plots, report.worst), rows
+    return Report({**head, **report.numbers}, report.plots, report.worst, report.shares), rows
 
 
 def judge(examples: Sequence[Example], scores: metrics.Scores, ratings: bool = False) -> Report:
@@ -111,6 +186,7 @@ def judge(examples: Sequence[Example], scores: metrics.Scores, ratings: bool = F
     numbers: dict[str, Any] = {"prompts": len({e.prompt for e in examples})}
     plots: dict[str, str] = {}
     worst: list[dict[str, Any]] = []
+    shares: dict[str, tuple[Array, Array]] = {}
     every = np.array([s for score in scores for s in score], float)
     if len(every):
         q = np.quantile(every, [0, 0.05, 0.5, 0.95, 1])
@@ -123,6 +199,7 @@ def judge(examples: Sequence[Example], scores: metrics.Scores, ratings: bool = F
     if len(compared.logit):
         prompts = [prompt_id(examples[n].prompt) for n in compared.example]
         numbers["order"] = _order(compared, prompts)
+        shares |= _order_shares(compared, len(examples))
         plots |= _order_plots(examples, scores, compared, prompts)
         worst = _worst(examples, scores, compared)
     if best := metrics.best_of(examples, scores):
@@ -135,7 +212,10 @@ def judge(examples: Sequence[Example], scores: metrics.Scores, ratings: bool = F
         part, part_scores = [examples[n] for n in segmented], [scores[n] for n in segmented]
         numbers["segments"] = _segments(part, part_scores)
         plots |= _segment_plots(part, part_scores)
-    return Report(numbers, plots, worst)
+        owner = np.repeat(segmented, [sum(n > 0 for n in e.counts) for e in part])
+        total, weight = (np.bincount(owner, x, len(examples)) for x in _segments_right(*_known_segments(part, part_scores)[:2]))
+        shares["segment_accuracy"] = (total, weight)
+    return Report(numbers, plots, worst, shares)
 
 
 def _judge_attributes(examples: Sequence[Example], scores: metrics.Scores) -> Report:
@@ -143,11 +223,14 @@ def _judge_attributes(examples: Sequence[Example], scores: metrics.Scores) -> Re
     numbers: dict[str, Any] = {"prompts": len({e.prompt for e in examples}), "attributes": {}}
     plots: dict[str, str] = {}
     worst: list[dict[str, Any]] = []
+    shares: dict[str, tuple[Array, Array]] = {}
     for name in dict.fromkeys(name for e in examples for name in e.attributes):
         part: list[Example] = []
         part_scores: list[tuple[float, ...]] = []
-        for example, score in zip(examples, scores, strict=True):
+        owner: list[int] = []
+        for n, (example, score) in enumerate(zip(examples, scores, strict=True)):
             if (rated := _rated_on(example, name)) is not None:
+                owner.append(n)
                 part.append(rated[0])
                 part_scores.append(tuple(score[k] for k in rated[1]))
         if part:
@@ -156,7 +239,10 @@ def _judge_attributes(examples: Sequence[Example], scores: metrics.Scores) -> Re
             numbers["attributes"][name] = {**metrics.rating_agreement(*flat), **said.numbers}
             plots |= {f"{name}: {title}": plot for title, plot in said.plots.items()}
             worst += said.worst
-    return Report(numbers, plots, sorted(worst, key=lambda w: w["gap"])[:5])
+            if "accuracy" in said.shares:
+                total, weight = (np.bincount(owner, x, len(examples)) for x in said.shares["accuracy"])
+                shares[f"{name}_accuracy"] = (total, weight)
+    return Report(numbers, plots, sorted(worst, key=lambda w: w["gap"])[:5], shares)
 
 
 def _rated_on(example: Example, name: str) -> tuple[Example, list[int]] | None:
@@ -203,6 +289,20 @@ def _order(compared: metrics.Comparisons, prompts: Sequence[str]) -> dict[str, A
         "calibrated": _calibrated(logit, ones, prompts),
         **by_length,
         "length_baseline": {"rule": "the longer answer is better; equal lengths count half", **baseline},
+    }
+
+
+def _order_shares(compared: metrics.Comparisons, examples: int) -> dict[str, tuple[Array, Array]]:
+    """What every example adds to the figures that are means over comparisons."""
+    logit, ones = compared.logit, np.ones(len(compared.logit))
+    each = {
+        "accuracy": ((logit > 0) * compared.weight, compared.weight),
+        "nll": (np.logaddexp(0.0, -logit), ones),
+        "brier": ((metrics.sigmoid(logit) - 1) ** 2, ones),
+    }
+    return {
+        name: (np.bincount(compared.example, total, examples), np.bincount(compared.example, weight, examples))
+        for name, (total, weight) in each.items()
     }
 
 
@@ -259,8 +359,7 @@ def _known_segments(examples: Sequence[Example], scores: metrics.Scores) -> tupl
 
 def _segments(examples: Sequence[Example], scores: metrics.Scores) -> dict[str, Any]:
     logit, target, prompts = _known_segments(examples, scores)
-    decided = target != 0.5
-    right = ((logit > 0) == (target > 0.5)) & decided
+    right, decided = _segments_right(logit, target)
     found: dict[str, Any] = {
         "segments": len(logit),
         "accuracy": _with_interval(prompts, right.astype(float), decided.astype(float)),
@@ -290,6 +389,12 @@ class _Answer:
     targets: tuple[float, ...]  # of its steps; where nobody said: right
     scores: tuple[float, ...]
     outcome: float | None  # target of the last step: P(the final answer is right); None where nobody said
+
+
+def _segments_right(logit: Array, target: Array) -> tuple[Array, Array]:
+    """Which segments are judged right, and which can be: those whose target is not one half."""
+    decided = target != 0.5
+    return ((logit > 0) == (target > 0.5)) & decided, decided
 
 
 def _answers(examples: Sequence[Example], scores: metrics.Scores) -> list[_Answer]:

@@ -92,7 +92,7 @@ def stored_head(path: str, may_be_fresh: bool = False) -> StoredHead | None:
     Raises:
         ModelError: if it has one that cannot be loaded (REFUSED), and none may take its place; or if it is no whole model.
     """
-    where = _weights(path)
+    where = files_of(path)
     found = layout_of(where)
     if not found:
         _refuse(path, {"value_head.bin": not may_be_fresh, "adapter_config.json": not where})
@@ -104,7 +104,7 @@ def stored_head(path: str, may_be_fresh: bool = False) -> StoredHead | None:
     return StoredHead(prefix, layers, outputs, width, files)
 
 
-def _weights(path: str) -> dict[str, str]:
+def files_of(path: str) -> dict[str, str]:
     """Name of a weight -> its file, over all of a checkpoint; {} where it has no safetensors."""
     index = _file(path, "model.safetensors.index.json")
     if index:
@@ -118,7 +118,7 @@ def _weights(path: str) -> dict[str, str]:
 
 def stored_tensor(path: str, name: str) -> Tensor | None:
     """A weight of a folder, or of a model on the hub, by its name; None where it has none of that name."""
-    where = _weights(path)
+    where = files_of(path)
     if name not in where:
         return None
     with safe_open(where[name], "pt") as tensors:

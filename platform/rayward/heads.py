@@ -19,18 +19,25 @@ their gain is the length of the row, and their bias is the same for every answer
 model says too (Zhang et al. 2024, arXiv 2408.15240). rest is the log-sum-exp of all other logits; with it the loss may be that of the
 next token (objective `next_token`), without it that of the two tokens alone.
 
+`net.members` puts several heads on one body: their outputs lie side by side, member after member, each member is trained by its own loss
+(Objective.of_members), and the score is the mean of theirs. By what they differ a score is uncertain (Osband et al. 2016, arXiv 1602.04621;
+in preferences Coste et al. 2023, arXiv 2310.02743). One pass of the body serves all.
+
 >>> import torch
 >>> Reading("two_class", ("wrong", "right"))(torch.tensor([[[0.0, 2.0]]]))
 tensor([[2.]])
 >>> Reading("three_class", ("wrong", "neutral", "right"))(torch.tensor([[[0.0, 5.0, 0.0]]]))
 tensor([[0.]])
+>>> three = Reading(members=3)
+>>> three(torch.tensor([[[0.0, 2.0, 4.0]]])), three.each_score(torch.tensor([[[0.0, 2.0, 4.0]]])).flatten()
+(tensor([[2.]]), tensor([0., 2., 4.]))
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -53,14 +60,28 @@ class Reading:
     overall: str = "mean"  # how attributes become one score: mean, linear or gate (reward_model.overall)
     verbosity: str = ""  # what was taken off the attributes before they are one score: an attribute, or tokens
     taken_off: tuple[float, ...] = ()  # how much of it, per attribute
+    members: int = 1  # heads side by side, each with all of the names
 
     def __call__(self, output_GKC: Tensor) -> Tensor:
-        """score_GK."""
-        return KINDS[self.kind].read(output_GKC, self)
+        """score_GK: of several members their mean."""
+        return KINDS[self.kind].read(output_GKC, self) if self.members == 1 else self.each_score(output_GKC).mean(0)
+
+    def each(self, output_GKC: Tensor) -> tuple[Tensor, ...]:
+        """output_GKC of every member by itself."""
+        return output_GKC.unflatten(-1, (self.members, -1)).unbind(-2)
+
+    def each_score(self, output_GKC: Tensor) -> Tensor:
+        """score_MGK of M members."""
+        return torch.stack([self.one(own_GKC) for own_GKC in self.each(output_GKC)])
+
+    @property
+    def one(self) -> Reading:
+        """How a member is read by itself."""
+        return replace(self, members=1)
 
     def fits(self, other: Reading) -> bool:
         """Whether the weights of one are weights of the other: what a mean weighs is no weight of the model."""
-        return (self.kind, self.names, self.layers) == (other.kind, other.names, other.layers)
+        return (self.kind, self.names, self.layers, self.members) == (other.kind, other.names, other.layers, other.members)
 
     @property
     def attributes(self) -> tuple[str, ...]:
@@ -84,11 +105,19 @@ class Reading:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The outputs that a plain classifier has: of a tied head those of its two tokens."""
+        """The outputs that a plain classifier has: of a tied head those of its two tokens, of several members those of each."""
+        if self.members > 1:
+            return tuple(f"{name} {m}" for m in range(1, self.members + 1) for name in self.names)
         return self.names[:2] if self.tied else self.names
 
+    def pick_each(self, output_GKC: Tensor, column_GK: Tensor) -> Tensor:
+        """score_MGK: what each of M members says is picked."""
+        return torch.stack([self.one.pick(own_GKC, column_GK) for own_GKC in self.each(output_GKC)])
+
     def pick(self, output_GKC: Tensor, column_GK: Tensor) -> Tensor:
-        """score_GK: the output that a target is about, and the score of all of them where it is about none (-1)."""
+        """score_GK: the output that a target is about, and the score of all of them where it is about none (-1); the mean of members."""
+        if self.members > 1:
+            return self.pick_each(output_GKC, column_GK).mean(0)
         score_GK = self(output_GKC)
         if not self.attributes:
             return score_GK
@@ -100,8 +129,9 @@ class Reading:
         language = {"tokens": list(self.tokens), "output_layer": self.output_layer} if self.output_layer else {}
         overall = {"overall": self.overall} if self.learns_overall else {}
         less = {"verbosity": self.verbosity, "taken_off": list(self.taken_off)} if self.taken_off else {}
+        several = {"members": self.members} if self.members > 1 else {}
         plain = {"kind": self.kind, "names": list(self.names), "weights": list(self.weights), "layers": self.layers}
-        return {**plain, **language, **overall, **less}
+        return {**plain, **several, **language, **overall, **less}
 
     @classmethod
     def of_notes(cls, notes: Mapping[str, Any] | None) -> Reading:
@@ -109,7 +139,8 @@ class Reading:
         if not notes:
             return cls()
         choose(KINDS, notes["kind"], "head")
-        said: dict[str, Any] = {name: notes[name] for name in ("layers", "output_layer", "overall", "verbosity") if name in notes}
+        plain = ("layers", "members", "output_layer", "overall", "verbosity")
+        said: dict[str, Any] = {name: notes[name] for name in plain if name in notes}
         said |= {name: tuple(notes[name]) for name in ("tokens", "taken_off") if name in notes}
         return cls(notes["kind"], tuple(notes["names"]), tuple(notes["weights"]), **said)
 
@@ -151,16 +182,22 @@ KINDS: dict[str, Kind] = {
 }
 
 
-def make_reading(kind: str, layers: int = 1, attributes: Sequence[str] = (), weights: str = "{}") -> Reading:
+def make_reading(kind: str, layers: int = 1, attributes: Sequence[str] = (), weights: str = "{}", members: int = 1) -> Reading:
     """The head of that kind; `weights` is JSON of attribute -> weight, those not named weigh nothing, and without any all weigh alike.
 
     >>> make_reading("attributes", attributes=("helpful", "short"), weights='{"helpful": 3, "short": -1}').weights
     (1.5, -0.5)
 
     Raises:
-        SettingsError: if there are no attributes to name the outputs, or the weights are not numbers of theirs that add up to more than 0.
+        SettingsError: if there are no attributes to name the outputs, or the weights are not numbers of theirs that add up to more than 0;
+            or if there are to be several members of a head without weights of its own.
     """
     entry = choose(KINDS, kind, "head")
+    if members > 1 and entry.tied:
+        raise SettingsError(
+            f"members={members}: head={kind} reads the one output layer that the language model has, and all members would be the same",
+            "leave net.members out and train with several seeds, --set train.seed=1, or take head=scalar",
+        )
     names = entry.names or tuple(attributes)
     if not names:
         raise SettingsError("head=attributes needs examples with named targets", "label them: rayward run label_attributes ...")
@@ -175,15 +212,52 @@ def make_reading(kind: str, layers: int = 1, attributes: Sequence[str] = (), wei
     plain = [float(given[name]) if name in given else float(not given) for name in names]
     if not entry.names and sum(plain) <= 0:  # a mean that is divided by less than nothing would turn its signs round
         raise SettingsError(f"attribute_weights={weights} add up to {sum(plain):g}", "give weights that add up to more than 0, e.g. to 1")
-    return Reading(kind, names, () if entry.names else tuple(w / sum(plain) for w in plain), layers)
+    return Reading(kind, names, () if entry.names else tuple(w / sum(plain) for w in plain), layers, members=members)
 
 
 def make_head(width: int, reading: Reading) -> nn.Module:
-    """A fresh head: Normal with standard deviation 1/sqrt(d+1), bias 0 (Stiennon et al. 2020, arXiv 2009.01325, appendix B.1)."""
-    C = len(reading.names)
+    """A fresh head: Normal with standard deviation 1/sqrt(d+1), bias 0 (Stiennon et al. 2020, arXiv 2009.01325, appendix B.1).
+
+    Of several members each has a hidden layer of its own, `width` wide.
+    """
+    M, C = reading.members, len(reading.names)
     if reading.layers == 1:
-        return fresh(nn.Linear(width, C, bias=False))
-    return nn.Sequential(fresh(nn.Linear(width, width)), nn.ReLU(), fresh(nn.Linear(width, C)))
+        return fresh(nn.Linear(width, M * C, bias=False))
+    hidden = fresh(nn.Linear(width, M * width))
+    last = [fresh(nn.Linear(width, C)) for _ in range(M)]
+    if M == 1:
+        return nn.Sequential(hidden, nn.ReLU(), last[0])
+    whole = nn.Linear(M * width, M * C)
+    with torch.no_grad():
+        whole.weight.copy_(torch.block_diag(*(layer.weight for layer in last)))
+        whole.bias.zero_()
+    return keep_apart(nn.Sequential(hidden, nn.ReLU(), whole), reading)
+
+
+class Apart(nn.Linear):
+    """A linear layer of which every member reads its own inputs: the rest of its weight is 0, and stays so.
+
+    Saved it is a plain linear layer, which says the same.
+    """
+
+    members = 1
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """output[..., M * C] of hidden[..., M * H]."""
+        M = self.members
+        own_CHM = self.weight.unflatten(0, (M, -1)).unflatten(-1, (M, -1)).diagonal(dim1=0, dim2=2)
+        said = torch.einsum("...mh,chm->...mc", hidden.unflatten(-1, (M, -1)), own_CHM)
+        return said.flatten(-2) + self.bias
+
+
+def keep_apart(head: nn.Module, reading: Reading) -> nn.Module:
+    """A head as it was saved, of which no member will learn to read what another's hidden layer says."""
+    if reading.members > 1 and isinstance(head, nn.Sequential):
+        plain: Any = head[-1]
+        apart = Apart(plain.in_features, plain.out_features, device=plain.weight.device)
+        apart.members, apart.weight, apart.bias = reading.members, plain.weight, plain.bias
+        head[-1] = apart
+    return head
 
 
 def fresh(layer: nn.Linear) -> nn.Linear:

@@ -58,6 +58,26 @@ _WEIGHTS = """Of `attributes`, `net.attribute_weights='{"helpful": 2, "verbose":
 divided by their sum, which must be above 0. A negative weight takes off what goes with an attribute, e.g. length.
 """
 
+_MEMBERS = """## Several heads
+
+`net.members=5` with `net.new_head=true` puts five heads of one kind on one body: an ensemble for the price of one pass. Each begins with
+weights of its own (with `net.head_layers=2` a hidden layer of its own too) and is trained by its own loss; the model's loss is the mean
+of theirs, its score the mean of their scores, and that is what is validated, calibrated, evaluated and registered. `train.bootstrap=true`
+gives each head its own draw of the examples, as often as a draw with replacement would have them. Any objective that reads scores trains
+them, attributes and steps too.
+
+They differ less than models of several seeds, since the body is one. What they differ by is in `select_uncertain` (one such model is
+enough), as `member_scores` in what `score_rollouts` and the registered model give, and with `score_rollouts --caution c` c standard
+deviations are taken off the score. Comparisons leave every head free to add a number of its own to all answers of a prompt: differences
+of scores within a prompt are what they mean, and where deviations of single scores are used, `--regularise '{"centre": 0.01}'` holds
+those numbers near 0.
+
+All heads lie in the class's own, one after the other: plain transformers gives one logit per head (`score 1`, `score 2`, ...), and the
+score is their mean; heads of two layers it does not read, as any such. A class whose own head has several layers (RoBERTa) has all but
+the last in common. Several heads are not for `head=verdict`, `net.head_tokens`, `net.overall`, `net.verbosity` and `net.take_off`, which
+is said.
+"""
+
 _OVERALL = """`net.overall` says how attributes become one score:
 
 | `net.overall` | score | |
@@ -80,6 +100,9 @@ it). A gate is for decoders; plain transformers reads the attributes of such a m
 ArmoRM, section 3.2), measured at the end of that stage on the answers held out (without any: trained on) and printed. It stays with the
 model for later stages, as part of the one score; an attribute's own output is still its rating. What follows verbosity
 in no way, or against it, loses nothing. A score without verbosity is no better one where longer answers are better.
+`--set net.take_off='{{"tokens": 0.01}}'` says by hand how much is taken off every attribute for a token (or for a point of the attribute
+that is named, itself too), and `'{{"tokens": {{"helpful": 0.01}}}}'` off which. It is in the score from the first step on, so fresh weights
+of `linear` and `gate` learn with it.
 """
 
 _VERIFIERS = """## Generative verifiers
@@ -116,9 +139,10 @@ What a body can do is found out by asking it: a prompt with two answers, in one 
 * the pooling is `last`.
 
 Otherwise the fit says so in one line, and every answer is a sequence of its own. The scores are the same; only the time is not. Attention
-over segments, without masks, is used on a CPU where a body with it says what it says with a mask; soft caps, sinks and bodies with an
-attention of their own keep masks. Experts are chosen token by token, so that rows change nothing for them;
-`--regularise '{"balance": 0.01}'` keeps them in balance ([objectives.md](objectives.md)).
+over segments, without masks, is used where a body with it says what it says with a mask, by the kernel that is right on the device at
+hand (`net.attention`, [training.md](training.md)); soft caps, sinks and bodies with an attention of their own keep masks. Of a last layer
+only what other tokens need is computed for tokens that are not read. Experts are chosen token by token, so that rows change nothing for
+them; `--regularise '{"balance": 0.01}'` keeps them in balance ([objectives.md](objectives.md)).
 
 A body without a sequence classifier in transformers (Mamba) is refused with a word.
 """
@@ -147,7 +171,7 @@ def page() -> str:
     ]
     lines += ["arXiv 2110.14168: their gain is the length of the row, and their bias is the same for every answer).", ""]
     ways = "\n".join(f"| `{name}` | {score} | {said} |" for name, score, said in drawn(overall))
-    lines += [_WEIGHTS, _OVERALL.format(rows=ways), "## Poolings", ""]
+    lines += [_WEIGHTS, _OVERALL.format(rows=ways), _MEMBERS, "## Poolings", ""]
     lines += ["| `net.pooling` | numbers | reads |", "|---|---|---|", *(f"| `{n}` | {d} | {said} |" for n, d, said in drawn(pooling)), ""]
     lines += ["D is the hidden size. `auto` is `last` for a causal body and `own` for an encoder. All but `last` read the whole sequence,"]
     lines += ["prompt and answer, give one score per answer, and share no prompts; `mean_max` needs a head of twice the width:"]

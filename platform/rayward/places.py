@@ -25,7 +25,8 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -251,8 +252,9 @@ def copy_files(folder: Place, names: Sequence[str], to: Place) -> None:
 def cache() -> Path:
     """Where copies of remote files are kept: RAYWARD_CACHE, or ~/.cache/rayward. It may be deleted when nothing runs.
 
-    It holds every model and file that was read from a URL, and of every fit at a URL what OUTPUT holds. It grows without an end, or up to
-    RAYWARD_CACHE_GB: then what was used longest ago goes when something is fetched, but nothing that was used within a day.
+    It holds every model and file that was read from a URL or from a tracking server, and of every fit at a URL what OUTPUT holds. It grows
+    without an end, or up to RAYWARD_CACHE_GB: then what was used longest ago goes when something is fetched, but nothing that was used
+    within a day.
     """
     return Path(os.environ.get("RAYWARD_CACHE") or "~/.cache/rayward").expanduser().absolute()
 
@@ -272,13 +274,36 @@ def fetch(path: str | Place) -> Path:
             if not files:
                 raise DataError(f"{place} does not exist", "check the address")
             told = "".join(f"{name}\0{file.bytes}\0{file.stamp}\n" for name, file in files.items())
-            digest = hashlib.blake2b(f"{place}\n{told}".encode(), digest_size=12).hexdigest()
-            here = cache() / digest / (place.name or "bucket")
-            with contextlib.suppress(FileNotFoundError):
-                os.utime(here.parent)
-            if here.exists() or _download(place, files, here):
+            here = fetched(f"{place}\n{told}", place.name or "bucket", partial(_download, place, files))
+            if here is not None:
                 return here
     raise DataError(f"{place} changes while it is read", "wait until whoever writes it has ended")
+
+
+def fetched(content: str, name: str, download: Callable[[Path], bool]) -> Path | None:
+    """The copy in the cache of what `content` tells apart from all else: CACHE/<digest>/`name`.
+
+    Where there is none, `download` is to make it at the path that it is given, in a folder that is there, or to say that it could not: then
+    None. The copy appears whole; of two who fetch at once, the first one's stays.
+    """
+    here = cache() / hashlib.blake2b(content.encode(), digest_size=12).hexdigest() / name
+    with contextlib.suppress(FileNotFoundError):
+        os.utime(here.parent)
+    if here.exists():
+        return here
+    cache().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache(), prefix=".fetch-") as scratch:
+        aside = Path(scratch) / "files" / name
+        aside.parent.mkdir()
+        if not download(aside):
+            return None
+        try:
+            os.rename(aside.parent, here.parent)
+        except OSError:
+            if not here.exists():  # or somebody else was faster
+                raise
+    _make_room()
+    return here
 
 
 def _alone(place: Place) -> dict[str, File]:
@@ -290,31 +315,20 @@ def _alone(place: Place) -> dict[str, File]:
     return {}
 
 
-def _download(place: Place, files: Mapping[str, File], here: Path) -> bool:
-    """Copy files into a folder of the cache that appears whole; of two who fetch at once, the first one's stays. False if they changed."""
+def _download(place: Place, files: Mapping[str, File], aside: Path) -> bool:
+    """Copy files to a path on this disk. False if they changed meanwhile."""
     assert not isinstance(place, Path)
-    here.parent.parent.mkdir(parents=True, exist_ok=True)
     names = list(files)
-    with tempfile.TemporaryDirectory(dir=here.parent.parent, prefix=".fetch-") as scratch:
-        aside = Path(scratch) / "files" / here.name
-        to = [aside / name if name else aside for name in names]
-        for path in to:
-            if not path.resolve().is_relative_to(aside.resolve()):
-                raise DataError(f"{place} holds an object whose name leads out of its folder: {path.name!r}", "remove it")
-            path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            place.fs.get([(place / name).path if name else place.path for name in names], [str(path) for path in to])
-        except FileNotFoundError:
-            return False
-        if (listing(place, deep=True) or _alone(place)) != files:
-            return False
-        try:
-            os.rename(Path(scratch) / "files", here.parent)
-        except OSError:
-            if not here.exists():  # or somebody else was faster
-                raise
-    _make_room()
-    return True
+    to = [aside / name if name else aside for name in names]
+    for path in to:
+        if not path.resolve().is_relative_to(aside.resolve()):
+            raise DataError(f"{place} holds an object whose name leads out of its folder: {path.name!r}", "remove it")
+        path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        place.fs.get([(place / name).path if name else place.path for name in names], [str(path) for path in to])
+    except FileNotFoundError:
+        return False
+    return (listing(place, deep=True) or _alone(place)) == files
 
 
 def _make_room() -> None:

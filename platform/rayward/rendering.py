@@ -27,8 +27,10 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+from jinja2 import TemplateError
 
-from rayward.errors import DataError, ModelError
+from rayward import places
+from rayward.errors import DataError, ModelError, RaywardError, SettingsError
 from rayward.records import Example, Message, Prompt, Rejected, examples_of
 
 CHUNK = 256  # examples that one call of the tokenizer takes
@@ -45,6 +47,7 @@ class RenderSettings:
     judge: str = ""  # a question put after every answer, whose reply is read, e.g. "Is the answer correct? Reply Yes or No."; with
     # {answer}, and {prompt}, in it, it is all that the model is shown
     judge_reply: str = ""  # how that reply begins, before its verdict, e.g. "Verdict:"
+    chat_template: str = ""  # FILE of Jinja that turns messages into text, instead of the model's own or where it has none; kept with it
 
     def __post_init__(self) -> None:
         if self.max_length < 2:
@@ -82,6 +85,25 @@ class Group:
     def longest(self) -> int:
         """Tokens of the prompt with its longest answer."""
         return int(self.length_A[0] + self.length_A[1:].max())
+
+
+def use_template(tokenizer: Any, file: str) -> None:
+    """Let a tokenizer have the chat template in a file of Jinja; nothing is done where none is named.
+
+    Raises:
+        SettingsError: if the file cannot be read, or makes no text of a question and its answer.
+    """
+    if not file:
+        return
+    try:
+        template = places.read(places.at(file)).decode()
+        turns = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "It is four."}]
+        text = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)
+    except (OSError, UnicodeDecodeError, RaywardError, TemplateError) as error:
+        raise SettingsError(f"render.chat_template={file} cannot be used: {error}", "give a file of Jinja over `messages`") from None
+    if "2 + 2?" not in text or "It is four." not in text:
+        raise SettingsError(f"render.chat_template={file} leaves out what is said", "it is to write the content of all `messages`")
+    tokenizer.chat_template = template
 
 
 class Renderer:

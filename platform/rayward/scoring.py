@@ -6,7 +6,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,16 +18,18 @@ import pyarrow as pa
 import torch
 from torch import nn
 
-from rayward import dataflow, metrics
+from rayward import dataflow, metrics, places
 from rayward.batching import BatchSettings
 from rayward.config import resolve
 from rayward.dataflow import Made, Recipe
-from rayward.errors import DataError
+from rayward.errors import DataError, ModelError, SettingsError
+from rayward.heads import Reading
 from rayward.labels import Labeler, label_table
-from rayward.places import Place, fetch
+from rayward.places import Place, at, fetch
 from rayward.records import ROLLOUT_SCHEMA, Example, Rejected, Rollout, rejects_table, rollouts_of
 from rayward.rendering import Group, Renderer, RenderSettings
 from rayward.reward_model import ModelSettings, RewardModel, load_model, score_groups
+from rayward.reward_model.positions import readable
 from rayward.storage import Dataset
 
 TOGETHER = 16  # most answers of a prompt that are scored in one group
@@ -47,6 +50,7 @@ class Scorer:
         loaded = load_model(str(fetch(folder)), ModelSettings(trust_remote_code=trust_remote_code))
         render = resolve(RenderSettings, loaded.notes.get("render") or {})
         model = loaded.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        render = replace(render, max_length=readable(model.classifier, render.max_length))
         return cls(model, Renderer(loaded.tokenizer, render, model.reading.attributes), loaded.notes)
 
     @property
@@ -59,12 +63,21 @@ class Scorer:
         """What its scores (or their differences) are divided by to be calibrated; 1 if none was fitted."""
         return self.notes.get("temperature") or 1.0
 
+    @property
+    def members(self) -> int:
+        """How many heads a score is the mean of."""
+        return self.model.reading.members
+
     def try_score(self, examples: Sequence[Example]) -> list[tuple[float, ...] | Rejected]:
         """One score per target for every example, or why there is none."""
+        return [s if isinstance(s, Rejected) else tuple(map(float, s)) for s in self._try(examples)]
+
+    def _try(self, examples: Sequence[Example], each: bool = False) -> list[Any]:
+        """score_K of every example, with `each` score_KM of M members, or why there is none."""
         made = list(self.renderer.render(examples))
         groups = [g for g in made if isinstance(g, Group)]
-        scores = iter(score_groups(self.model, groups, self.batch, self.notes.get("precision") or "auto"))
-        return [m if isinstance(m, Rejected) else tuple(map(float, next(scores))) for m in made]
+        scores = iter(score_groups(self.model, groups, self.batch, self.notes.get("precision") or "auto", each))
+        return [m if isinstance(m, Rejected) else next(scores) for m in made]
 
     def __call__(self, examples: Sequence[Example]) -> list[tuple[float, ...]]:
         """One score per target for every example; an example that cannot be scored is a DataError."""
@@ -76,27 +89,35 @@ class Scorer:
 
     def score_rollouts(self, rollouts: Sequence[Rollout]) -> list[tuple[float, ...] | Rejected]:
         """Per rollout the scores of its steps (one, unless the model reads steps); answers of one prompt share its encoding."""
+        return [s if isinstance(s, Rejected) else tuple(map(float, s)) for s in self._of_rollouts(rollouts, self._try)]
+
+    def score_by_member(self, rollouts: Sequence[Rollout]) -> list[np.ndarray | Rejected]:
+        """score_KM of every rollout: what each of M heads says of its K steps; `score_rollouts` gives the means."""
+        return [s if isinstance(s, Rejected) else np.stack(s) for s in self._of_rollouts(rollouts, partial(self._try, each=True))]
+
+    def _of_rollouts(self, rollouts: Sequence[Rollout], score: Callable[[list[Example]], list[Any]]) -> list[Any]:
+        """Per rollout a list of what `score` says of its steps, or why it says nothing."""
         first: dict[Any, int] = {}  # answers of one text are scored once, so that their scores are equal to the last bit
         same_as = [first.setdefault((r.prompt, self._segments(r)), n) for n, r in enumerate(rollouts)]
         together: dict[Any, list[int]] = {}
         for n in first.values():
             together.setdefault(rollouts[n].prompt, []).append(n)
         chunks = [same[at : at + TOGETHER] for same in together.values() for at in range(0, len(same), TOGETHER)]
-        scores: list[tuple[float, ...] | Rejected] = [()] * len(rollouts)
+        scores: list[Any] = [()] * len(rollouts)
         alone: list[int] = []
-        for chunk, score in zip(chunks, self.try_score([self._example([rollouts[n] for n in c]) for c in chunks]), strict=True):
-            if isinstance(score, Rejected):  # one of them does not fit; the others may
+        for chunk, said in zip(chunks, score([self._example([rollouts[n] for n in c]) for c in chunks]), strict=True):
+            if isinstance(said, Rejected):  # one of them does not fit; the others may
                 alone += chunk
                 continue
-            parts = iter(score)
+            parts = iter(said)
             for n in chunk:
-                scores[n] = tuple(next(parts) for _ in self._segments(rollouts[n]))
-        for n, score in zip(alone, self.try_score([self._example([rollouts[n]]) for n in alone]), strict=True):
-            scores[n] = Rejected(source="rollouts", row=rollouts[n].id, reason=score.reason) if isinstance(score, Rejected) else score
+                scores[n] = [next(parts) for _ in self._segments(rollouts[n])]
+        for n, said in zip(alone, score([self._example([rollouts[n]]) for n in alone]), strict=True):
+            scores[n] = Rejected(source="rollouts", row=rollouts[n].id, reason=said.reason) if isinstance(said, Rejected) else list(said)
         return [self._of(scores[n], rollout) for n, rollout in zip(same_as, rollouts, strict=True)]
 
     @staticmethod
-    def _of(score: tuple[float, ...] | Rejected, rollout: Rollout) -> tuple[float, ...] | Rejected:
+    def _of(score: Any, rollout: Rollout) -> Any:
         return replace(score, row=rollout.id) if isinstance(score, Rejected) else score
 
     def _segments(self, rollout: Rollout) -> tuple[str, ...]:
@@ -131,12 +152,37 @@ def dropping(model: nn.Module, rate: float, seed: int) -> Iterator[None]:
             hook.remove()
 
 
-def score_dataset(recipe: Recipe, source: Dataset, folder: str, actors: int, aggregate: metrics.Aggregation = "last") -> Dataset:
+def members_in(folder: str | Place) -> int:
+    """How many heads a saved model has, by its config alone.
+
+    Raises:
+        ModelError: if it has no config.
+    """
+    try:
+        config = json.loads(places.read(at(folder) / "config.json"))
+    except FileNotFoundError:
+        raise ModelError(f"--model {folder} cannot be loaded: it has no config.json", "give the folder of a trained model") from None
+    return Reading.of_notes((config.get("rayward") or {}).get("head")).members
+
+
+def score_dataset(
+    recipe: Recipe, source: Dataset, folder: str, actors: int, aggregate: metrics.Aggregation = "last", caution: float = 0.0
+) -> Dataset:
     """The rollouts of a dataset with a `score` each, and `step_scores` where steps are scored, by a pool of actors.
 
-    `aggregate` says how the scores of steps become that of the answer (metrics.AGGREGATIONS); each is a logit.
+    `aggregate` says how the scores of steps become that of the answer (metrics.AGGREGATIONS); each is a logit. What each of several
+    heads says of the answer is in `member_scores`, and `caution` times their standard deviation is taken off the score.
+
+    Raises:
+        SettingsError: if there is caution, and a single head.
     """
-    [made] = dataflow.transform(recipe, source, partial(_PartScorer, folder, aggregate), kind="scores", actors=actors, gpus=recipe.gpus)
+    if caution and members_in(folder) == 1:
+        raise SettingsError(
+            f"caution={caution:g} takes off what the heads of a model differ by, and {folder} has one",
+            "train one with several, --set net.members=5, or leave it out",
+        )
+    score = partial(_PartScorer, folder, aggregate, caution)
+    [made] = dataflow.transform(recipe, source, score, kind="scores", actors=actors, gpus=recipe.gpus)
     return made
 
 
@@ -150,25 +196,31 @@ def label_by_scores(recipe: Recipe, source: Dataset, folder: str, judge: str, la
 class _PartScorer:
     """Loads the model once, scores part after part."""
 
-    def __init__(self, folder: str, aggregate: metrics.Aggregation = "last"):
-        self.scorer, self.aggregate = Scorer.load(folder), aggregate
+    def __init__(self, folder: str, aggregate: metrics.Aggregation = "last", caution: float = 0.0):
+        self.scorer, self.aggregate, self.caution = Scorer.load(folder), aggregate, caution
 
     def __call__(self, table: pa.Table) -> Made:
         rejects: list[Rejected] = []
         final: list[float] = []
         steps: list[list[float] | None] = []
+        members: list[list[float] | None] = []
         keep = np.ones(table.num_rows, bool)
         for start in range(0, table.num_rows, 4096):
-            for n, score in enumerate(self.scorer.score_rollouts(rollouts_of(table.slice(start, 4096))), start):
-                if isinstance(score, Rejected):
-                    rejects.append(score)
+            for n, score_KM in enumerate(self.scorer.score_by_member(rollouts_of(table.slice(start, 4096))), start):
+                if isinstance(score_KM, Rejected):
+                    rejects.append(score_KM)
                     keep[n] = False
-                else:
-                    final.append(metrics.aggregate(score, self.aggregate))
-                    steps.append(list(score) if self.scorer.reads_steps else None)
+                    continue
+                score_K, each = score_KM.mean(-1), [metrics.aggregate(own_K, self.aggregate) for own_K in score_KM.T]
+                final.append(
+                    metrics.aggregate(score_K, self.aggregate) - (self.caution * float(np.std(each, ddof=1)) if self.caution else 0)
+                )
+                steps.append(score_K.tolist() if self.scorer.reads_steps else None)
+                members.append(each if len(each) > 1 else None)
         kept = table.filter(pa.array(keep))
         kept = kept.append_column("score", pa.array(final, pa.float64()))
         kept = kept.append_column("step_scores", pa.array(steps, pa.list_(pa.float64())))
+        kept = kept.append_column("member_scores", pa.array(members, pa.list_(pa.float64())))
         return Made({"": kept}, rejects_table(rejects), kept.num_rows)
 
 

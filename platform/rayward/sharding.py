@@ -3,23 +3,43 @@
 
 Every worker must take part in every forward and backward pass, so a worker that has run out of micro-batches does one more with
 weight 0. A checkpoint is written by all workers together, each its own share (torch.distributed.checkpoint), and is read by any number.
+
+No worker needs room for the whole: a model without numbers (torch's meta device) is spread, and then every worker reads its share (`fill`);
+weights that are put together go to a file one after another (`write_whole`), or from a file to all workers (`read_whole`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from rayward.errors import ModelError
 
 SHARDS = "shards"  # folder of a checkpoint
+NAMES = {  # of types of numbers in a safetensors file
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 LISTS = ("layers", "layer", "h", "blocks")  # what Hugging Face calls a body's layers
 
 
@@ -63,15 +83,88 @@ def clip(parameters: Sequence[nn.Parameter], most: float) -> None:
             torch.nn.utils.clip_grads_with_norm_(kind, most, whole)
 
 
-def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors put together again, on the CPU of the first worker; every worker must call it, and the others get nothing."""
-    first = dist.get_rank() == 0
-    together: dict[str, Tensor] = {}
+def all_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, also those buffers that are never saved."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+Rows = tuple[int, int]  # the first, and how many
+Read = Callable[[str, Rows | None], Tensor]  # name of a tensor and which of its rows (None: all) -> its numbers
+
+
+@torch.no_grad()
+def fill(module: nn.Module, device: torch.device, read: Read) -> None:
+    """Give a module without numbers room on a device, and its numbers: of what is spread over workers the share of this one."""
+    module.to_empty(device=device)
+    for name, tensor in all_tensors(module).items():
+        if not isinstance(tensor, DTensor):
+            tensor.copy_(read(name, None))
+            continue
+        local = tensor.to_local()
+        if local.numel():
+            local.copy_(read(name, rows_here(tensor)))
+
+
+def rows_here(tensor: DTensor) -> Rows:
+    """Which rows of a spread tensor lie on this worker."""
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    assert tuple(shape[1:]) == tuple(tensor.shape[1:]), f"spread by more than rows: {tensor.placements}"
+    return offset[0], shape[0]
+
+
+def write_whole(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Tensors put together again one after another, into a safetensors file of the first worker. Every worker must call it.
+
+    Raises:
+        OSError: on the first worker, when all tensors have been put together: the others would wait for it.
+    """
+    ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])))  # so that numbers lie where they may
+    with nullcontext() if dist.get_rank() else file.open("wb") as out:
+        failed = _put(out, _header(ordered))
+        for tensor in ordered.values():
+            full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if out is not None and failed is None:
+                failed = _put(out, full.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        if failed is not None:
+            raise failed
+
+
+def _put(out: Any, content: Any) -> OSError | None:
+    """What came of writing, on the worker that writes."""
+    try:
+        if out is not None:
+            out.write(content)
+    except OSError as error:
+        return error
+    return None
+
+
+def _header(tensors: Mapping[str, Tensor]) -> bytes:
+    """How a safetensors file begins: the length of what follows, then name, type, shape and place of every tensor."""
+    said: dict[str, Any] = {}
+    at = 0
     for name, tensor in tensors.items():
-        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        if first:
-            together[name] = full.detach().cpu()
-    return together
+        end = at + tensor.numel() * tensor.element_size()
+        said[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(said).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+@torch.no_grad()
+def read_whole(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Give tensors the numbers of a file that the first worker reads, in place; every worker must call it, with the same names."""
+    with nullcontext() if dist.get_rank() else safe_open(file, "pt") as stored:
+        for name in sorted(tensors):
+            tensor = tensors[name]
+            here = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            full = torch.empty(tensor.shape, dtype=here.dtype, device=here.device) if stored is None else stored.get_tensor(name).to(here)
+            dist.broadcast(full, 0)
+            if isinstance(tensor, DTensor) and here.numel():
+                full = full.narrow(0, *rows_here(tensor))
+            if here.numel():
+                here.copy_(full)
 
 
 def save(folder: Path, tensors: dict[str, Tensor]) -> None:

@@ -275,8 +275,9 @@ class Dataset:
 
 def schema_of(kind: str) -> pa.Schema:
     """The schema of a kind of dataset."""
-    scores = ROLLOUT_SCHEMA.append(pa.field("score", pa.float64())).append(pa.field("step_scores", pa.list_(pa.float64())))
-    return {"rollouts": ROLLOUT_SCHEMA, "examples": EXAMPLE_SCHEMA, "scores": scores}[kind]
+    several = pa.list_(pa.float64())
+    scores = [*ROLLOUT_SCHEMA, pa.field("score", pa.float64()), pa.field("step_scores", several), pa.field("member_scores", several)]
+    return {"rollouts": ROLLOUT_SCHEMA, "examples": EXAMPLE_SCHEMA, "scores": pa.schema(scores)}[kind]
 
 
 def read_manifest(path: Place) -> Manifest:

@@ -169,8 +169,9 @@ class Trial:
     name: str
     folder: Path
     given: Mapping[str, Any]  # what it has of the space
-    fit: FitSettings
+    fit: FitSettings  # the model by the name that leads back to it
     rules: Rules
+    address: str  # what workers load that model by
 
     def result(self) -> dict[str, Any] | None:
         """How it ended, if it did: name, status, given, loss, accuracy, step, reason, tags."""
@@ -188,6 +189,7 @@ class Sweep:
     """A sweep that may begin."""
 
     folder: Path
+    base: FitSettings  # what trials share, where the space does not say otherwise
     trials: Sequence[Trial]
     rules: Rules
     dataset: Dataset  # what is trained on
@@ -213,21 +215,37 @@ def prepare(base: FitSettings, space: Space, output: str, trials: int, seed: int
     sides = fitting.open_sides(base.examples, base.validation_share)
     if sides.validation is None and not base.validation_share:
         raise SettingsError("trials are compared on validation examples, and validation_share=0 holds out none", "leave it out")
-    base = replace(base, examples=str(places.at(base.examples).absolute()), train=replace(base.train, best_by=rules.by))
+    base = replace(
+        base,
+        examples=str(places.at(base.examples).absolute()),
+        model=registry.pinned(base.model),
+        train=replace(base.train, best_by=rules.by),
+    )
+    space = _pinned(space)
+    given = draw(space, trials, seed)
+    fits = [_settled(base, one) for one in given]
+    address = {model: registry.model_address(model) for model in {fit.model for fit in fits}}
     drawn = [
-        Trial(f"trial-{n:03d}", folder / "trials" / f"trial-{n:03d}", given, _settled(base, given), rules)
-        for n, given in enumerate(draw(space, trials, seed))
+        Trial(name := f"trial-{n:03d}", folder / "trials" / name, one, fit, rules, address[fit.model])
+        for n, (one, fit) in enumerate(zip(given, fits, strict=True))
     ]
     _claim(
         folder, {"base": as_dict(base), "space": as_dict(space), "seed": seed, "rules": as_dict(rules), "grid": trials == 0}, sides.dataset
     )
-    return Sweep(folder, drawn, rules, sides.dataset)
+    return Sweep(folder, base, drawn, rules, sides.dataset)
+
+
+def _pinned(space: Space) -> Space:
+    """A space whose models are versions and not aliases, which move on."""
+    models = space.get("model")
+    if not isinstance(models, tuple):
+        return space
+    return {**space, "model": tuple(registry.pinned(model) if isinstance(model, str) else model for model in models)}
 
 
 def _settled(base: FitSettings, given: Mapping[str, Any]) -> FitSettings:
-    """The settings of a trial; models:/NAME and folders by their place, which is the same for every worker."""
-    fit = resolve(FitSettings, merge(as_dict(base), parse_sets([f"{name}={json.dumps(value)}" for name, value in given.items()])))
-    return replace(fit, model=registry.model_address(fit.model))
+    """The settings of a trial."""
+    return resolve(FitSettings, merge(as_dict(base), parse_sets([f"{name}={json.dumps(value)}" for name, value in given.items()])))
 
 
 def _claim(folder: Path, what: dict[str, Any], dataset: Dataset) -> None:
@@ -273,7 +291,8 @@ def run_trial(trial: Trial, report: Report = lambda line: None) -> dict[str, Any
             _stand(trial, line)
 
     try:
-        fitted = fitting.fit(trial.fit, str(trial.folder), report=tell)
+        fit = replace(trial.fit, model=trial.address)
+        fitted = fitting.prepare(fit, str(trial.folder), base=trial.fit.model).train(tell)
         said |= {"status": "finished", "tags": fitted.tags}
     except Interrupted:
         raise
@@ -328,7 +347,7 @@ def _stand(trial: Trial, line: Mapping[str, float]) -> None:
 
 def _tidy(folder: Path) -> None:
     """Take away what a fit needs to go on."""
-    for made in (folder / "groups", folder / "start", *(p for p in (folder / "run").glob("*") if p.is_dir())):
+    for made in (folder / "groups", folder / "start", folder / "spread", *(p for p in (folder / "run").glob("*") if p.is_dir())):
         shutil.rmtree(made, ignore_errors=True)
 
 

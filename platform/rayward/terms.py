@@ -90,12 +90,15 @@ EVERY = "every_token"  # no term of a loss, but what a loss at every token is ma
 
 
 def every_token(read: Callable[[Tensor], Tensor], heard: Heard, batch: Batch) -> Tensor:
-    """every_GKT: what a model reads at every token of the answer that a place is in, 0 behind its end; `read` gives a score to states."""
+    """every_GKT: what a model reads at every token of the answer that a place is in, 0 behind its end; `read` gives a score to states.
+
+    Where it gives several, score_MN, it is every_MGKT.
+    """
     at_N = (batch.answer_BT.flatten() > 0).nonzero().squeeze(-1)
     said_N = read(heard.hidden_BTD.flatten(0, 1)[at_N])
     index_GKT = batch.answer_GKT()
-    all_N = said_N.new_zeros(batch.token_BT.numel()).index_copy(0, at_N, said_N)
-    return torch.where(index_GKT >= 0, all_N[index_GKT.clamp(min=0)], 0.0)
+    all_N = said_N.new_zeros((*said_N.shape[:-1], batch.token_BT.numel())).index_copy(-1, at_N, said_N)
+    return torch.where(index_GKT >= 0, all_N[..., index_GKT.clamp(min=0)], 0.0)
 
 
 TERMS: dict[str, Callable[[Heard, Batch], Tensor]] = {"balance": balance, "language": language}

@@ -27,7 +27,7 @@ from rayward.batching import BatchSettings, micro_batches, plan
 from rayward.errors import Interrupted, RaywardError, SettingsError
 from rayward.metrics import Mean
 from rayward.mirror import Mirror
-from rayward.objectives import Objective
+from rayward.objectives import Objective, bootstrap
 from rayward.optimizers import Average, Schedule, depth_of, head_parts, is_part, layers_of, lr_share, parameter_groups
 from rayward.places import Place
 from rayward.rendering import Groups
@@ -61,6 +61,7 @@ class TrainSettings:
     offload: bool = False  # with recompute: what is kept between layers lies in the host's memory
     keep_best: int = 1  # weights that are kept of the best validations; OUTPUT/model are those of the best one
     patience: int = 0  # validations without a better one after which a run ends (0: it runs to its last step)
+    bootstrap: bool = False  # of net.members: each learns from a draw of the examples of its own, with replacement
     seed: int = 0  # another seed is another order of the examples, another fresh head, another dropout
 
     def __post_init__(self) -> None:
@@ -338,15 +339,16 @@ def _step(run: Run, optimizer: torch.optim.Optimizer, parameters: list[torch.nn.
     weight = sum(g.weight for g in groups)
     for entry in optimizer.param_groups:
         entry["lr"] = settings.lr_at(step, run.total) * entry["scale"]
-    every = micro_batches(groups, run.batch, model.shares_prefix, model.flat)
-    for number, (_, batch), mine in team.share(every, model.device):
+    every = micro_batches(groups, run.batch, model.shares_prefix, model.flat_in(settings.precision))
+    for number, (which, batch), mine in team.share(every, model.device):
         torch.manual_seed(seed_of("dropout", settings.seed, step, number))
         micro_weight = float(batch.weight_G.sum())
         tokens, batch = batch.tokens, batch.to(model.device)
         with autocast(model.device, settings.precision):
             output_GKC, terms = model.hear(batch, run.objective.body_terms)
         score_GK = model.reading.pick(output_GKC, batch.column_GK)
-        loss_G = run.objective.of(batch, score_GK, output_GKC, len(model.reading.attributes), terms)
+        share_MG = bootstrap(numbers[which], model.reading.members, settings.seed).to(model.device) if settings.bootstrap else None
+        loss_G = run.objective.of_members(batch, model.reading, output_GKC, terms, share_MG)
         total = (loss_G * batch.weight_G).sum() * mine
         (total / weight).backward()
         if not mine:
@@ -368,14 +370,14 @@ def validate(run: Run) -> dict[str, float]:
     with model.evaluating(), autocast(model.device, run.train.precision):
         for start in range(0, len(groups), 256):
             chunk = [groups[n] for n in range(start, min(start + 256, len(groups)))]
-            every = micro_batches(chunk, run.batch, model.shares_prefix, model.flat)
+            every = micro_batches(chunk, run.batch, model.shares_prefix, model.flat_in(run.train.precision))
             for _, (_, batch), mine in run.team.share(every, model.device):
                 batch = batch.to(model.device)
                 output_GKC, terms = model.hear(batch, run.objective.body_terms)
                 if not mine:
                     continue
                 score_GK = model.reading.pick(output_GKC, batch.column_GK)
-                loss_G = run.objective.of(batch, score_GK, output_GKC, len(model.reading.attributes), terms)
+                loss_G = run.objective.of_members(batch, model.reading, output_GKC, terms)
                 loss += Mean(float((loss_G * batch.weight_G).sum()), float(batch.weight_G.sum()))
                 said = (score_GK, batch.target_GK, batch.mask_GK, batch.column_GK)
                 right += run.objective.right(*(t.cpu().numpy() for t in said))

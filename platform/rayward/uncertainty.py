@@ -2,7 +2,8 @@
 
     rollouts -> scores of every member -> logits of what would be labelled -> one uncertainty per prompt -> which prompts
 
-A member is a model of an ensemble, or a pass of Monte-Carlo dropout through one. What would be labelled of a prompt, its K places, is
+A member is a model of an ensemble, a head of a model with several (`net.members`), or a pass of Monte-Carlo dropout. What would be labelled
+of a prompt, its K places, is
 
     the order of two answers    by models of comparisons: every two answers, by the difference of their scores
     right or wrong              by models of chances (outcomes, steps): every answer, every step, by its score
@@ -40,7 +41,7 @@ from rayward.objectives import make_objective
 from rayward.places import at
 from rayward.progress import Progress
 from rayward.records import ROLLOUT_SCHEMA, Rejected, Rollout, prompt_id, rejects_table, rollouts_of
-from rayward.scoring import Scorer, dropping
+from rayward.scoring import Scorer, dropping, members_in
 from rayward.storage import Counts, Dataset, open_dataset, read_table, write_part, write_rejects, write_table
 from rayward.toy_world import seed_of
 
@@ -133,22 +134,22 @@ class SelectSettings:
         if self.dropout and self.passes < 2:
             raise ValueError(f"passes={self.passes}: dropout needs 2 passes or more")
 
-    def chosen_measure(self, models: int) -> str:
-        """The measure by name; SettingsError where it needs several members and there is one."""
-        several = models > 1 or self.dropout > 0
+    def chosen_measure(self, members: int) -> str:
+        """The measure by name; SettingsError where it needs several members (heads of all models) and there is one."""
+        several = members > 1 or self.dropout > 0
         if self.measure == "auto":
             return "mutual_information" if several else "entropy"
         if self.measure != "entropy" and not several:
             raise SettingsError(
                 f"measure={self.measure} is about how members differ, and there is one",
-                "name several models, --model A,B,C, or add --dropout 0.1, or take --measure entropy",
+                "name several models, --model A,B,C, or one with several heads (net.members); add --dropout 0.1, or take --measure entropy",
             )
         return self.measure
 
 
 @dataclass(frozen=True)
 class Members:
-    """Who scores: models by folder, each once or in several passes of dropout."""
+    """Who scores: models by folder, all heads of each, once or in several passes of dropout."""
 
     folders: tuple[str, ...]
     settings: SelectSettings
@@ -171,21 +172,23 @@ class Members:
                 )
             passes = self.settings.passes if self.settings.dropout else 1
             with Progress(f"model {n + 1} of {len(self.folders)}", passes * len(rollouts), "scores") as bar:
-                made += [self._score_once(scorer, rollouts, n, one, bar) for one in range(passes)]
+                made += [one for number in range(passes) for one in self._score_once(scorer, rollouts, n, number, bar)]
         return made, kinds.pop()[1]
 
-    def _score_once(self, scorer: Scorer, rollouts: Sequence[Rollout], model: int, one: int, bar: Progress) -> list[Any]:
+    def _score_once(self, scorer: Scorer, rollouts: Sequence[Rollout], model: int, one: int, bar: Progress) -> list[list[Any]]:
+        """Per head and rollout, of one pass."""
         scores: list[Any] = []
         for start, end in whole_prompts(rollouts):
             some = rollouts[start:end]
             if self.settings.dropout:
                 seed = seed_of("dropout", self.settings.seed, model, one, some[0].id, prompt_id(some[0].prompt))
                 with dropping(scorer.model, self.settings.dropout, seed):
-                    scores += scorer.score_rollouts(some)
+                    scores += scorer.score_by_member(some)
             else:
-                scores += scorer.score_rollouts(some)
+                scores += scorer.score_by_member(some)
             bar.advance(end - start)
-        return [s if isinstance(s, Rejected) else np.array(s) / scorer.temperature for s in scores]
+        T = scorer.temperature
+        return [[s if isinstance(s, Rejected) else s[:, m].astype(float) / T for s in scores] for m in range(scorer.members)]
 
 
 def _compares(scorer: Scorer) -> bool:
@@ -227,7 +230,7 @@ def measure_prompts(rollouts: Sequence[Rollout], members: Members) -> Measured:
     if not rollouts:
         return Measured(_PROMPTS.empty_table(), {})
     scores, compares = members.score(rollouts)
-    measure = members.settings.chosen_measure(len(members.folders))
+    measure = members.settings.chosen_measure(len(scores))
     rows: list[tuple[str, str, int, float]] = []
     left_out: dict[int, str] = {}
     for prompt, of in itertools.groupby(range(len(rollouts)), key=lambda n: rollouts[n].prompt):
@@ -331,7 +334,7 @@ def select(recipe: Recipe, source: Dataset, folders: Sequence[str], count: int, 
         SettingsError: if the measure needs several members, or the models are of different kinds.
         DataError: if no prompt can be measured.
     """
-    settings.chosen_measure(len(folders))
+    named = settings.chosen_measure(sum(map(members_in, folders)))
     if recipe.already_made():
         return announce(open_dataset(recipe.output, "rollouts"))
     parts = len(source.parts)
@@ -346,7 +349,7 @@ def select(recipe: Recipe, source: Dataset, folders: Sequence[str], count: int, 
         if not prompts.num_rows:
             raise DataError(f"no prompt of {source.path} can be measured", "where answers are compared, a prompt needs two that differ")
         chosen = choose(prompts, count, settings)
-        write = partial(_write_part, stage=str(stage), parts=parts, chosen=chosen, measure=settings.chosen_measure(len(folders)))
+        write = partial(_write_part, stage=str(stage), parts=parts, chosen=chosen, measure=named)
         written = [write(task) for task in tasks]
         counts = sum((Counts(d["rows_in"], d["out"], d["rejected"], d["out"], d["leaves"]) for d in written), Counts())
         write_table(_ranked(prompts, chosen), stage / "uncertainty.parquet")

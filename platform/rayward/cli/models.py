@@ -2,6 +2,7 @@
 
 rayward models list
 rayward models show toy-pairs@champion
+rayward models compare toy-pairs/1 toy-pairs/2
 rayward models promote toy-pairs 2
 rayward models rollback toy-pairs
 """
@@ -15,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Browse the registry: list, show, promote, roll back.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(help="Browse the registry: list, show, compare, promote, roll back.", no_args_is_help=True, rich_markup_mode=None)
 
 
 @app.command("list")
@@ -79,6 +80,23 @@ def show_model(
             print(f"  {key:<34} {value if isinstance(value, str) else round(value, 4)}")
     print(f'\nload it\n  mlflow.set_tracking_uri("{registry.address()}")')
     print(f'  mlflow.pyfunc.load_model("models:/{row["name"]}/{row["version"]}").predict(rows)')
+
+
+@app.command("compare")
+def compare_models(
+    names: Annotated[list[str], typer.Argument(help="two or more of NAME, NAME@ALIAS or NAME/VERSION; differences are to the first")],
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object, for scripts")] = False,
+) -> None:
+    """Versions side by side: figures on the same tests with their intervals, and what differs in settings, labels and code."""
+    from rayward import registry
+
+    found = registry.compare(names)
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    from rayward.cli import side_by_side
+
+    side_by_side.show(found)
 
 
 @app.command()

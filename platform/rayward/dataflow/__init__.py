@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -72,13 +72,27 @@ def formats_of(files: Sequence[tuple[str, str]], format_name: str) -> dict[str, 
     return found
 
 
-def import_files(recipe: Recipe, files: Sequence[tuple[str, str]], named: Mapping[str, str] | str, parts: int = 0) -> Dataset:
-    """Rollouts from (name, path) of files, all in one format, or each in the one that is named for its path."""
+def import_files(
+    recipe: Recipe, files: Sequence[tuple[str, str]], named: Mapping[str, str] | str, parts: int = 0, without: str = ""
+) -> Dataset:
+    """Rollouts from (name, path) of files, all in one format, or each in the one that is named for its path.
+
+    `without` names the columns that are given up of what prompts were made from (formats.taken_without).
+    """
+    given_up = formats.taken_without(without)
     if isinstance(named, str):
         named = formats_of(files, named)
     tasks = [{"format": named[path], "piece": piece._asdict()} for name, path in files for piece in formats.pieces(name, path)]
     size = sum(formats.source_bytes(path) for _, path in files)
-    return ingest(recipe, tasks, _read_piece, unit="pieces", size=size, parts=parts)
+    made = ingest(recipe, tasks, partial(_read_piece, without=given_up), unit="pieces", size=size, parts=parts)
+    if lost := made.manifest.rejected.get(formats.UNREAD, 0):
+        names = ",".join(formats.PROMPT_COLUMNS[:2])
+        print(
+            f"warning: {lost:,} rows have prompts that were made from more than texts ({names}, ...): see {made.path / 'rejects'}\n"
+            f"  -> write that into the messages, as the policy saw it, or take the rows without it: --without {names}",
+            file=sys.stderr,
+        )
+    return made
 
 
 def _recognised(name: str, path: str, look_at: int = 20) -> str:
@@ -91,10 +105,10 @@ def _recognised(name: str, path: str, look_at: int = 20) -> str:
     return found
 
 
-def _read_piece(task: dict[str, Any]) -> Iterator[list[Rollout] | Rejected | pa.Table]:
+def _read_piece(task: dict[str, Any], without: Collection[str]) -> Iterator[list[Rollout] | Rejected | pa.Table]:
     form = formats.make_format(task["format"])
     for item in formats.read_piece(form, formats.Piece(**task["piece"])):
-        yield item if isinstance(item, pa.Table) else formats.parse(form, item)
+        yield item if isinstance(item, pa.Table) else formats.parse(form, item, without)
 
 
 def attribute_names(source: Dataset) -> tuple[str, ...]:

@@ -4,6 +4,7 @@
       settings.json     what was asked for; the same command goes on from the last checkpoint, another one is refused
       groups/           the examples in tokens, memory-mapped by every worker; what did not fit lies in rejects.parquet
       start/            the model before anything is learned, where it is not the one that was named
+      spread/           with train.shard: what workers begin with beside the model's files
       run/              checkpoints, metrics.jsonl
       tracking.json     the tracked run that the metrics go to
       model/            the result: a Hugging Face folder
@@ -15,6 +16,7 @@ works on its own disk (`working_copy`), and nothing that matters lies there alon
     settings       what a fit depends on, the examples of both sides
     working_copy   where its files lie
     starting       what it starts from
+    spreading      what a worker of a spread model reads of it
     running        the training in this process
     placement      room for workers
     workers        the training on them
@@ -37,9 +39,10 @@ from rayward import adapters, cluster, places
 from rayward.dataflow.claims import claimed
 from rayward.errors import SettingsError
 from rayward.fitting.placement import Resources
-from rayward.fitting.result import Fitted, kept_best, load_kept, notes_of, tags_of, without_verbosity
+from rayward.fitting.result import Fitted, judge, judged, kept_best, load_kept, notes_of, tags_of, take_judged
 from rayward.fitting.running import Work, held_groups, set_threads, train_here
 from rayward.fitting.settings import FitSettings, Sides, labeled_by, open_sides
+from rayward.fitting.spreading import make_spread
 from rayward.fitting.starting import check, claim, fit_head, for_training, load_start, make_ready, objective_name, save_whole
 from rayward.fitting.working_copy import TRACKED, TRACKING, pull, pull_run, working_copy
 from rayward.mirror import Mirror
@@ -76,6 +79,7 @@ class Prepared:
     workers: int
     least: int  # workers that are enough to go on with; less than `workers`: the group is elastic
     per_worker: Resources  # of a worker
+    base: str = ""  # what the model is called that it starts from, where that is not its address
 
     @property
     def place(self) -> Place:
@@ -103,12 +107,15 @@ class Prepared:
             if mirror is not None:
                 pull_run(mirror / "run")
         state = load_kept(folder, settings, loaded)
-        if not settings.train.shard:  # what is spread over devices need not fit into one
-            loaded.model.to(device)
         held = held_groups(folder)
-        if settings.net.verbosity and not loaded.model.reading.learns_overall:
-            without_verbosity(settings, loaded, held if held is not None else Groups(folder / "groups" / "train"))
-        notes = notes_of(settings, self.sides, loaded, held)
+        if settings.train.shard:  # what is spread over devices need not fit into one, and has said what is asked for
+            found = judged(work.run())
+            assert found is not None, f"{self.place} ended without run/judged.json"
+            take_judged(loaded, settings, found)
+        else:
+            loaded.model.to(device)
+            found = judge(folder, settings, loaded)
+        notes = notes_of(settings, self.sides, loaded, found.temperature, self.base or settings.model)
         if settings.lora.rank:
             adapters.merge(loaded.model.classifier)
         model = self._save(notes)
@@ -131,11 +138,13 @@ class Prepared:
         return model
 
 
-def prepare(settings: FitSettings, output: str, workers: int = 1, least: int = 0, per_worker: Resources | None = None) -> Prepared:
+def prepare(
+    settings: FitSettings, output: str, workers: int = 1, least: int = 0, per_worker: Resources | None = None, base: str = ""
+) -> Prepared:
     """Look at everything that a fit needs, and make what it starts from: the model and the examples in tokens.
 
     With `least` > 0 the group is elastic: it goes on with as few workers as that when nodes are lost, and grows again up to `workers`.
-    OUTPUT is a folder, a URL or store:NAME.
+    OUTPUT is a folder, a URL or store:NAME; `base` is what the model is called that it starts from, where that is not its address.
     """
     if settings.train.shard and workers == 1:
         raise SettingsError("train.shard=true spreads a model over workers, and there is one", "ask for more: --workers 2")
@@ -153,10 +162,13 @@ def prepare(settings: FitSettings, output: str, workers: int = 1, least: int = 0
         with places.telling(mirror.there):  # a mistake in the address is told at once, and not waited out
             places.listing(mirror.there)
         pull(mirror)
-    claim(folder, mirror, settings, sides)
+    claim(folder, mirror, replace(settings, model=base or settings.model), sides)  # a version lies elsewhere each time it is fetched
     loaded = make_ready(folder, mirror, settings, sides)
     check(settings, sides, loaded, Groups(folder / "groups" / "train"), held_groups(folder))
-    return Prepared(folder, mirror, settings, sides, for_training(loaded, settings), workers, least or workers, per_worker or Resources())
+    loaded = for_training(loaded, settings)
+    if settings.train.shard:
+        make_spread(folder, mirror, settings, loaded)
+    return Prepared(folder, mirror, settings, sides, loaded, workers, least or workers, per_worker or Resources(), base)
 
 
 def fit(settings: FitSettings, output: str, workers: int = 1, report: Report = lambda line: None) -> Fitted:

@@ -16,15 +16,17 @@ from rayward.config import as_dict, flatten
 from rayward.dataflow.claims import claimed
 from rayward.errors import SettingsError
 from rayward.fitting.settings import FitSettings, Sides
-from rayward.fitting.working_copy import PREPARED, SETTINGS, TRACKED, TRACKING, push
+from rayward.fitting.working_copy import PREPARED, SETTINGS, SPREAD, TRACKED, TRACKING, push
 from rayward.heads import Reading
 from rayward.labels import LABELERS
 from rayward.mirror import Mirror
 from rayward.objectives import Objective
 from rayward.records import examples_of, rejects_table
-from rayward.rendering import Groups, Renderer, write_groups
-from rayward.reward_model import Loaded, ModelSettings, load_model, register_tag, save_model, tiny_model
+from rayward.rendering import Groups, Renderer, use_template, write_groups
+from rayward.reward_model import Loaded, ModelSettings, Seen, load_model, register_tag, save_model, tiny_model
+from rayward.reward_model.positions import readable, tell_length
 from rayward.storage import write_table
+from rayward.toy_world import seed_of
 from rayward.training import freeze
 from rayward.vocabulary import TIED
 
@@ -55,6 +57,11 @@ def check(settings: FitSettings, sides: Sides, loaded: Loaded, groups: Groups, h
         raise SettingsError(
             "train.shard=true spreads the embeddings over workers, and this model reads them as its output layer, of which it needs all",
             "leave train.shard out, or net.language; instead of head=verdict: head=two_class with head_tokens",
+        )
+    if settings.train.bootstrap and loaded.model.reading.members == 1:
+        raise SettingsError(
+            "train.bootstrap=true gives each member of a model examples of its own, and this one has a single head",
+            "ask for several, e.g. --set net.members=5 (with --set net.new_head=true), or leave it out",
         )
     _check_overall(loaded.model.reading, groups)
     _check_targets(settings.objective, objective, groups)
@@ -121,7 +128,7 @@ def claim(folder: Path, mirror: Mirror | None, settings: FitSettings, sides: Sid
         theirs = json.loads(path.read_text(encoding="utf-8"))
         if theirs != mine and not _stepped(folder, mirror):  # it never took a step: nothing is lost
             with claimed(named, named):  # or it is about to take its first, and keeps what it works with
-                for made in (PREPARED, "start", "groups", "run", "model", TRACKING):
+                for made in (PREPARED, "start", "groups", SPREAD, "run", "model", TRACKING):
                     places.remove(folder / made)
                     if mirror is not None:
                         mirror.remove(made)
@@ -159,7 +166,8 @@ def make_ready(folder: Path, mirror: Mirror | None, settings: FitSettings, sides
     if not start.is_dir() and not (folder / PREPARED).is_file():
         fresh = _fresh(settings, sides)
         tagged = bool(settings.render.step_tag) and register_tag(fresh, settings.render.step_tag)
-        fresh_part = settings.net.new_head or settings.net.overall in ("linear", "gate")
+        use_template(fresh.tokenizer, settings.render.chat_template)
+        fresh_part = settings.net.new_head or settings.net.overall in ("linear", "gate") or bool(settings.render.chat_template)
         if settings.model == "tiny" or fresh_part or tagged or (mirror is not None and Path(settings.model).is_dir()):
             save_whole(fresh, start)
     loaded = load_start(folder, settings)
@@ -169,13 +177,14 @@ def make_ready(folder: Path, mirror: Mirror | None, settings: FitSettings, sides
         shutil.rmtree(folder / "groups", ignore_errors=True)
     if not ready.is_file():
         shutil.rmtree(folder / "groups", ignore_errors=True)
-        renderer = Renderer(loaded.tokenizer, settings.render, loaded.model.reading.attributes)
+        render = replace(settings.render, max_length=readable(loaded.model.classifier, settings.render.max_length))
+        renderer = Renderer(loaded.tokenizer, render, loaded.model.reading.attributes)
         rejects = write_groups(folder / "groups" / "train", sides.tables("train"), renderer)
         if any(table.num_rows for table in sides.tables("validation")):
             rejects += write_groups(folder / "groups" / "validation", sides.tables("validation"), renderer, "validation example")
         write_table(rejects_table(rejects), ready)
         if mirror is not None:
-            push(mirror)
+            push(mirror, "start", "groups")
     reasons = Counter(r.partition(":")[0] for r in pq.read_table(ready)["reason"].to_pylist())
     if reasons:
         said = ", ".join(f"{reason} {n:,}" for reason, n in reasons.most_common())
@@ -191,16 +200,23 @@ def _fresh(settings: FitSettings, sides: Sides) -> Loaded:
         words = (e for table in sides.tables("train") for e in examples_of(table))
         return tiny_model(words, settings.net, settings.render.max_length, settings.train.seed, attributes)
     torch.manual_seed(settings.train.seed)
-    return load_model(model_files(settings.model), settings.net, settings.render.max_length, attributes)
+    loaded = load_model(model_files(settings.model), settings.net, settings.render.max_length, attributes)
+    tell_length(loaded.model.classifier, settings.render.max_length)
+    return loaded
 
 
-def load_start(folder: Path, settings: FitSettings) -> Loaded:
-    """What every worker starts from: what `_fresh` left in OUTPUT/start, or the model that was named, untouched."""
-    start = folder / "start"
-    how = adapters.quantized(settings.lora)
-    if start.is_dir():
-        return load_model(str(start), replace(settings.net, new_head=False, head="auto"), settings.render.max_length, how=how)
-    return load_model(model_files(settings.model), settings.net, settings.render.max_length, how=how)
+def load_start(folder: Path, settings: FitSettings, known: Seen | None = None) -> Loaded:
+    """What every worker starts from: what `_fresh` left in OUTPUT/start, or the model that was named, untouched.
+
+    With what is `known` of it, it is built without its numbers.
+    """
+    net = replace(settings.net, new_head=False, head="auto") if (folder / "start").is_dir() else settings.net
+    return load_model(start_of(folder, settings), net, settings.render.max_length, how=adapters.quantized(settings.lora), known=known)
+
+
+def start_of(folder: Path, settings: FitSettings) -> str:
+    """Where the model lies that a fit starts from."""
+    return str(folder / "start") if (folder / "start").is_dir() else model_files(settings.model)
 
 
 def model_files(model: str) -> str:
@@ -209,7 +225,8 @@ def model_files(model: str) -> str:
 
 
 def for_training(loaded: Loaded, settings: FitSettings) -> Loaded:
-    """The model with what is trained of it: adapters, or the layers that are not frozen."""
+    """The model with what is trained of it: adapters, or the layers that are not frozen. Fresh adapters are a function of the seed."""
+    torch.manual_seed(seed_of("adapters", settings.train.seed))
     adapters.add(loaded.model.classifier, loaded.model.head_name, settings.lora)
     freeze(loaded.model, settings.train.freeze_layers)
     if settings.lora.rank and not any("lora_" in name and p.requires_grad for name, p in loaded.model.classifier.named_parameters()):

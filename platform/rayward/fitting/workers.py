@@ -25,14 +25,15 @@ from rayward.config import as_dict, resolve
 from rayward.errors import Interrupted, RaywardError
 from rayward.fitting.memory import measured
 from rayward.fitting.placement import Resources, choose_gpus, scaling
+from rayward.fitting.result import judge_together, judged
 from rayward.fitting.running import STOP, Work, ended, newest, set_threads, telling
 from rayward.fitting.settings import FitSettings
+from rayward.fitting.spreading import load_spread
 from rayward.fitting.starting import for_training, load_start
 from rayward.fitting.working_copy import pull, pull_run, working_copy
 from rayward.mirror import patiently
 from rayward.progress import Progress
-from rayward.reward_model import is_bf16
-from rayward.sharding import meet, shard
+from rayward.sharding import meet
 from rayward.training import Report, Run, Team, stop_on_signal, stopped, train
 
 RETRIES = 3  # times a group of workers is started again without a new checkpoint
@@ -50,7 +51,7 @@ def train_on_workers(work: Work, output: str, workers: tuple[int, int], per_work
         RaywardError: if there is no room for the group, or it fails.
     """
     run = work.run()
-    if ended(run):
+    if _done(run):
         return
     _forget(run)
     word = f"rayward-failed-{secrets.token_hex(8)}"
@@ -60,13 +61,13 @@ def train_on_workers(work: Work, output: str, workers: tuple[int, int], per_work
         per_worker = choose_gpus(ray, per_worker, workers[0])  # once: a run that began on GPUs does not go on without
         scaled = scaling(ray, per_worker, *workers)
         with Progress("train", total=run.total, unit="steps", start=newest(run)["step"]) as bar, _following(run, telling(bar, report)):
-            while not ended(run):
+            while not _done(run):
                 before = newest(run)["step"]
                 error = _fit_once(work, output, scaled, per_worker, word)
                 if (told := _internal_kv_get(word)) is not None:
                     _internal_kv_del(word)
                     raise RaywardError(told.decode())
-                if _asked(run) and not ended(run):
+                if _asked(run) and not _done(run):
                     raise stopped(run.place, newest(run)["step"], run.total)
                 if error is not None and _unplaced(error):
                     scaled = scaling(ray, per_worker, *workers)  # says what is waited for, and for how long
@@ -74,6 +75,11 @@ def train_on_workers(work: Work, output: str, workers: tuple[int, int], per_work
                     raise RaywardError(f"training failed on the workers: {_innermost(error)}") from error
         _forget(run)
         shutil.rmtree(work.folder / "ray", ignore_errors=True)
+
+
+def _done(run: Run) -> bool:
+    """Whether nothing is left to do: a spread model has also said what its end needs of it."""
+    return ended(run) and (not run.train.shard or judged(run) is not None)
 
 
 def _asked(run: Run) -> bool:
@@ -161,15 +167,20 @@ def _worker(config: dict[str, Any]) -> None:
     if _internal_kv_exists(config["word"]):
         return
     _fetched(work, device)
-    loaded = for_training(load_start(work.folder, settings), settings)
+    if settings.train.shard:
+        loaded = load_spread(work.folder, settings, device)
+    else:
+        loaded = for_training(load_start(work.folder, settings), settings)
+        loaded.model.to(device)
     cores = int(per_worker.cpus) if per_worker.cpus > 1 else cluster.cores() // ray.train.get_context().get_local_world_size()
     set_threads(loaded.model, cores)
-    if settings.train.shard:  # from the host's memory, layer by layer
-        shard(loaded.model.classifier.base_model, device, bf16=is_bf16(device, settings.train.precision))
-    run = work.run(loaded.model.to(device), Team.here(settings.train.shard))
+    run = work.run(loaded.model, Team.here(settings.train.shard))
     try:
         with _asked_to_stop(run) as asked:
-            train(replace(measured(run), asked_to_stop=asked))
+            run = replace(measured(run), asked_to_stop=asked)
+            train(run)
+        if settings.train.shard:
+            judge_together(run, settings)
     except Interrupted:
         return  # the process that started the group tells the user
     except RaywardError as error:  # another try would end alike

@@ -19,6 +19,7 @@ from pathlib import Path
 from rayward import places
 from rayward.mirror import Mirror
 
+SPREAD = "spread"  # in OUTPUT, with train.shard: what workers begin with beside the model's files
 PREPARED = "prepared.json"  # in OUTPUT at a URL: the folders that were made before training, and a name for their making
 TRACKING = "tracking.json"  # in OUTPUT: which tracked run it belongs to
 TRACKED = "tracking."  # files of OUTPUT that begin so are the tracked run's, and may be there before the fit
@@ -49,10 +50,10 @@ def pull(mirror: Mirror) -> None:
         places.remove(mirror.here / SETTINGS) if settings is None else places.write(mirror.here / SETTINGS, settings)
 
 
-def push(mirror: Mirror) -> None:
-    """Send what was prepared, under a name that no other preparation has."""
-    folders = [name for name in ("start", "groups") if (mirror.here / name).is_dir()]
-    mirror.send(*folders)
+def push(mirror: Mirror, *names: str) -> None:
+    """Send folders that were prepared, and name all that were, under a name that no other preparation has."""
+    folders = [name for name in ("start", "groups", SPREAD) if (mirror.here / name).is_dir()]
+    mirror.send(*(name for name in folders if name in names))
     places.write(mirror.here / PREPARED, json.dumps({"folders": folders, "made": secrets.token_hex(8)}) + "\n")
     mirror.send(PREPARED)
 

@@ -15,6 +15,9 @@
     benchmarks.py    evaluation sets
     fields.py        what readers and writers share
 
+What a prompt was made from beside its messages (`tools`, `chat_template_kwargs`, images: fields.PROMPT_COLUMNS) is read by no format; rows
+that have some are rejected before they come to a reader, unless the user gives it up.
+
 A reader is a function from one decoded row to the rollouts in it; it raises BadRecord("category: detail") where the row cannot be used.
 A writer is a function from one example to the rows that say the same; it raises BadRecord where the format cannot say it. Index bases
 (first wrong step 0/-1, 0/null, 1) are converted in the reader and the writer, nowhere else.
@@ -26,16 +29,16 @@ it into that file's FORMATS. The row is then tested with all the others: recogni
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from rayward.config import choose
+from rayward.config import choose, suggest
 from rayward.errors import DataError, SettingsError
 from rayward.formats import benchmarks, columns, judgements, own, process, trainers
-from rayward.formats.fields import Format, as_prompt, key
+from rayward.formats.fields import PROMPT_COLUMNS, UNREAD, Format, as_prompt, key, unread
 from rayward.formats.sources import (
     SUFFIXES,
     Piece,
@@ -56,7 +59,9 @@ from rayward.records import BadRecord, Rejected, Rollout
 
 __all__ = [
     "FORMATS",
+    "PROMPT_COLUMNS",
     "SUFFIXES",
+    "UNREAD",
     "Format",
     "Piece",
     "RawRow",
@@ -73,6 +78,7 @@ __all__ = [
     "read_rows",
     "recognise",
     "source_bytes",
+    "taken_without",
 ]
 
 FORMATS: dict[str, Format] = {
@@ -102,15 +108,35 @@ def make_format(name: str) -> Format:
         hint = f"did you mean {close[0]}? " if close else ""
         raise SettingsError(f"format={name} is not known", hint + "docs/formats.md lists all; or your own as module:name, or auto")
     entry: Format | Callable[..., Any] = FORMATS[plain] if plain in FORMATS else choose(FORMATS, name, "format")
-    return entry if isinstance(entry, Format) else Format(entry, about=name, kind="")
+    return entry if isinstance(entry, Format) else Format(entry, about=name, kind="", all_read=True)
 
 
-def parse(form: Format, row: RawRow | Unreadable) -> list[Rollout] | Rejected:
-    """One raw row as records, or the reason it was left out. Never an exception, never a silent drop."""
+def taken_without(names: str) -> frozenset[str]:
+    """The columns of PROMPT_COLUMNS that a user gives up, from their names with commas between; SettingsError for others.
+
+    >>> sorted(taken_without("tools, tool_calls")), taken_without("")
+    (['tool_calls', 'tools'], frozenset())
+    """
+    given = [name.strip() for name in names.split(",") if name.strip()]
+    for name in given:
+        if name not in PROMPT_COLUMNS:
+            raise SettingsError(f"without={name} is no column that a prompt is made from", suggest(name, PROMPT_COLUMNS))
+    return frozenset(given)
+
+
+def parse(form: Format, row: RawRow | Unreadable, without: Collection[str] = ()) -> list[Rollout] | Rejected:
+    """One raw row as records, or the reason it was left out. Never an exception, never a silent drop.
+
+    A row whose prompt was made from a column that is not read (`tools`, ...) is left out, but for those that it may be read `without`.
+    """
     if isinstance(row, Unreadable):
         return Rejected(source=row.source, row=str(row.number), reason=row.reason)
     try:
-        rollouts = form.read(decode(row.content), row.id)
+        said = decode(row.content)
+        lost = [] if form.all_read else [name for name in unread(said) if name not in without]
+        if lost:
+            raise BadRecord(f"{UNREAD}: the prompt was made from {', '.join(lost)} too, and a model would be shown another")
+        rollouts = form.read(said, row.id)
         if not rollouts:
             raise BadRecord("empty: the row holds no answer")
         came_from = {"source": row.source, "row": str(row.number)}

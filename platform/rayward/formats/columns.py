@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from rayward.formats.fields import PROMPT_COLUMNS
 from rayward.records import ROLES, ROLLOUT_SCHEMA, hash_messages, map_column
 
 _TEXT = r"[!-~\pL\pN]"  # whoever holds one of these is not blank
@@ -34,6 +35,7 @@ def readable(schema: pa.Schema) -> bool:
     kinds = {"reward": pa.types.is_floating, "correct": pa.types.is_boolean, "kept_steps": pa.types.is_integer}
     kinds |= {"steps": lambda t: pa.types.is_list(t) and pa.types.is_string(t.value_type), "prompt": _is_prompt}
     reserved = {*ROLLOUT_SCHEMA.names, "response", "completion"} - _USED
+    reserved |= set(PROMPT_COLUMNS)
     return not reserved & set(schema.names) and all(kinds.get(f.name, pa.types.is_string)(f.type) for f in schema)
 
 

@@ -1,6 +1,6 @@
 """What a format is, and what readers and writers share; BadRecord where a row cannot be used, or an example cannot be said.
 
-reading     key, as_prompt, as_messages, pair, answers, optional_text, entries
+reading     unread, key, as_prompt, as_messages, pair, answers, optional_text, entries
 writing     sides, one_user_text, messages, judged_steps
 """
 
@@ -32,6 +32,7 @@ class Format:
     test_says: str = ""  # that test in words, after "the keys a, b, ..."
     write: Writer | None = None
     columns: Callable[[pa.Table, str, int], Any] | None = None  # `columns.read` where the rows can be read by column
+    all_read: bool = False  # it sees to PROMPT_COLUMNS itself; others' rows that have some are rejected
     label: Mapping[str, Any] = field(default_factory=dict)  # settings of the labeler under which reading gives back what was written
 
     def fits(self, row: Mapping[str, Any]) -> bool:
@@ -45,6 +46,30 @@ class Format:
 
 
 # ----------------------------------------------------------------------------------------------------------------- reading
+
+UNREAD = "unread column"  # the reason of a row whose prompt was made from more than what is read
+CALLS = "tool_calls"  # of a message
+PROMPT_COLUMNS = ("tools", "chat_template_kwargs", "images", "image", "videos", "audios", CALLS)  # beside texts, in rows of TRL and others
+
+
+def unread(row: Mapping[str, Any]) -> list[str]:
+    """What else than texts the prompt of a row was made from: the columns of PROMPT_COLUMNS that say something; tool_calls in messages.
+
+    >>> unread({"prompt": "2+2?", "tools": [{"name": "add"}], "chat_template_kwargs": {"enable_thinking": None}, "images": "[]"})
+    ['tools']
+    """
+    messages = (m for value in row.values() for m in (value if isinstance(value, list) else [value]) if isinstance(m, Mapping))
+    called = any(_says(message.get(CALLS)) for message in messages)
+    return [name for name in PROMPT_COLUMNS if _says(row.get(name)) or (called and name == CALLS)]
+
+
+def _says(value: object) -> bool:
+    """Whether a value holds anything; Parquet fills up structures with nulls."""
+    if isinstance(value, str):
+        return value.strip() not in ("", "[]", "{}", "null")
+    if isinstance(value, Mapping | list | tuple):
+        return any(map(_says, value.values() if isinstance(value, Mapping) else value))
+    return value is not None and value == value
 
 
 def key(row: Mapping[str, Any], *names: str) -> Any:

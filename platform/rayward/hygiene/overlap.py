@@ -145,7 +145,7 @@ def _of_files(source: str, files: Sequence[tuple[str, str]], unreadable: list[Re
         raise DataError(error.what, way_out) from None
     rows = (row for file in files for row in formats.read_rows(*file))
     while some := list(itertools.islice(rows, _ROWS)):
-        made = [formats.parse(formats.FORMATS[name], row) for row in some]
+        made = [formats.parse(formats.FORMATS[name], row, formats.PROMPT_COLUMNS) for row in some]
         unreadable += [m for m in made if isinstance(m, Rejected)]
         rollouts = [r for m in made if not isinstance(m, Rejected) for r in m]
         if rollouts:

@@ -30,7 +30,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
@@ -44,6 +44,7 @@ from rayward import metrics
 from rayward.batching import Batch
 from rayward.config import choose, parse_settings
 from rayward.errors import SettingsError
+from rayward.heads import Reading
 from rayward.objectives.comparisons import adjacent, bradley_terry, debiased, focal, hinge, margin, ranknet, scaled, vote_share
 from rayward.objectives.pointwise import binary_cross_entropy, next_token, squared_error, three_class
 from rayward.objectives.rankings import lambdarank, listnet, pick_best, plackett_luce, q_ranking
@@ -90,6 +91,28 @@ class Objective:
             loss_G = loss_G + weight * (terms[name] if name in TERMS else REGULARISERS[name](score_GK, batch.mask_GK))
         return loss_G
 
+    def of_members(
+        self,
+        batch: Batch,
+        reading: Reading,
+        output_GKC: Tensor,
+        terms: Mapping[str, Tensor] = MappingProxyType({}),
+        share_MG: Tensor | None = None,
+    ) -> Tensor:
+        """loss_G of a model: the mean over its members of the loss of each by itself, times its share of the example where one is given.
+
+        It is not the loss of their mean: that would teach members nothing apart.
+        """
+        attributes = len(reading.attributes)
+        if reading.members == 1:
+            return self.of(batch, reading.pick(output_GKC, batch.column_GK), output_GKC, attributes, terms)
+        losses = []
+        for m, own_GKC in enumerate(reading.each(output_GKC)):
+            own_terms = {**terms, EVERY: terms[EVERY][m]} if EVERY in terms else terms
+            losses.append(self.of(batch, reading.one.pick(own_GKC, batch.column_GK), own_GKC, attributes, own_terms))
+        loss_MG = torch.stack(losses)
+        return (loss_MG if share_MG is None else loss_MG * share_MG).mean(0)
+
     def right(self, score_GK: Any, target_GK: Any, mask_GK: Any, column_GK: Any) -> metrics.Mean:
         """How often scores (numpy) are right; a place is held against places of its own column only."""
         columns = np.unique(column_GK[mask_GK])
@@ -104,6 +127,16 @@ class Objective:
             loss_G = self.loss(score_GK, batch.target_GK, mask_GK, **given)
             total_G, count_G = total_G + torch.where(compared_G, loss_G, 0.0), count_G + compared_G
         return total_G / count_G.clamp(min=1)
+
+
+def bootstrap(numbers_G: Sequence[int], members: int, seed: int) -> Tensor:
+    """share_MG: how often each of M members has an example in its own bootstrap draw of all of them, by their numbers; 1 on average.
+
+    Poisson(1), which is what a draw with replacement comes to (Oza and Russell 2001), for the masks of Osband et al. (2016, arXiv
+    1602.04621). It is a function of seed and number, whatever the batch.
+    """
+    draws = [np.random.default_rng([seed, int(n)]).poisson(1.0, members) for n in numbers_G]
+    return torch.from_numpy(np.array(draws, np.float32).reshape(-1, members).T.copy())
 
 
 def _given(name: str, batch: Batch, output_GKC: Tensor, terms: Mapping[str, Tensor]) -> Tensor:

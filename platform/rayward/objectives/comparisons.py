@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -70,8 +72,8 @@ def focal(score_GK: Tensor, target_GK: Tensor, mask_GK: Tensor, gamma: float = 2
     A pair weighs 1 while it is wrong and less the surer it is right. Shift-invariant; gamma 0 is `bradley_terry`.
     """
     gap_GKK = gaps(score_GK, mask_GK)
-    unsure_GKK = (2 * torch.sigmoid(-gap_GKK)).clamp(max=1.0)
-    return pair_mean(unsure_GKK**gamma * F.softplus(-gap_GKK), better(target_GK, mask_GK))
+    unsure_GKK = (math.log(2) + F.logsigmoid(-gap_GKK)).clamp(max=0.0)  # the log: a power below 1 has no slope at 0
+    return pair_mean(torch.exp(gamma * unsure_GKK) * F.softplus(-gap_GKK), better(target_GK, mask_GK))
 
 
 def adjacent(score_GK: Tensor, target_GK: Tensor, mask_GK: Tensor) -> Tensor:

@@ -115,7 +115,8 @@ def _needs(entry: Objective) -> str:
         "targets in [0, 1]": entry.unit,
         "steps": entry.steps,
         "one target per answer; a decoder": entry.ends,
-        f"`head={entry.head}`": bool(entry.head),
+        f"`head={entry.head}`, so one attribute at most": bool(entry.head),
+        "targets that are no chances: neither outcomes nor steps": entry.loss is pointwise.squared_error,
         "room for a whole step in a micro-batch": entry.whole,
     }
     return "; ".join(ask for ask, there in asks.items() if there)

@@ -12,12 +12,14 @@ data sets and the report. A model is a pyfunc whose code is a file of this packa
     runs.py       runs: metrics, params, tags, files
     buffer.py     what is on its way to a server that may be away
     versions.py   models: register, find, promote, roll back
+    comparing.py  versions side by side
     page.py       the MLflow UI
     pyfunc.py     the model that MLflow loads
 """
 
 from rayward.registry.backend import address, is_server, tracking_uri, unreachable
 from rayward.registry.backend import client as _client
+from rayward.registry.comparing import compare
 from rayward.registry.page import ui
 from rayward.registry.runs import Ran, RunLog, run, run_of_submission
 from rayward.registry.versions import (
@@ -28,6 +30,7 @@ from rayward.registry.versions import (
     model_address,
     model_folder,
     models,
+    pinned,
     promote,
     register,
     rollback,
@@ -41,12 +44,14 @@ __all__ = [
     "_client",
     "address",
     "check_name",
+    "compare",
     "find",
     "identity",
     "is_server",
     "model_address",
     "model_folder",
     "models",
+    "pinned",
     "promote",
     "register",
     "rollback",

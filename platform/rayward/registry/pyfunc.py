@@ -5,7 +5,8 @@
 
 Rows hold `prompt` (a text, or JSON of chat messages) and `answer`, or `steps` (the answer in pieces) for models that score steps. Out
 come `score`, `probability` (calibrated: of being right where the model learned outcomes or steps; else 0.5 is an average answer only
-by convention, and differences of scores are what is calibrated) and `step_scores`.
+by convention, and differences of scores are what is calibrated), `step_scores`, and `member_scores`: what each head of a model with
+several says of the answer (of its last step).
 """
 
 from __future__ import annotations
@@ -47,16 +48,19 @@ class RewardModelPyfunc(PythonModel):
                 read += rollouts(row, f"row-{number}")
             except BadRecord as error:
                 raise DataError(f"row {number} cannot be scored: {error}") from None
-        scores = self.scorer.score_rollouts(read)
-        for number, score in enumerate(scores):
-            if isinstance(score, Rejected):
-                raise DataError(f"row {number} cannot be scored: {score.reason}")
+        by_member = []
+        for number, score_KM in enumerate(self.scorer.score_by_member(read)):
+            if isinstance(score_KM, Rejected):
+                raise DataError(f"row {number} cannot be scored: {score_KM.reason}")
+            by_member.append(score_KM)
+        scores = [score_KM.mean(-1).tolist() for score_KM in by_member]
         final = [score[-1] for score in scores]
         return pd.DataFrame(
             {
                 "score": final,
                 "probability": [float(sigmoid(s / self.scorer.temperature)) for s in final],
-                "step_scores": [list(s) if self.scorer.reads_steps else [] for s in scores],
+                "step_scores": [s if self.scorer.reads_steps else [] for s in scores],
+                "member_scores": [s[-1].tolist() if self.scorer.members > 1 else [] for s in by_member],
             }
         )
 

@@ -8,12 +8,16 @@ tag of the model, so that `rollback` can give it back.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from rayward import places
 from rayward.config import public, suggest
@@ -23,6 +27,7 @@ from rayward.registry.runs import RunLog
 from rayward.storage import code_version
 
 CHAMPION = "champion"
+INSIDE = "artifacts/model"  # where the folder of a model lies within what MLflow keeps
 BEFORE = "rayward.before."  # tag of a model: the versions that had an alias before, oldest first
 
 
@@ -80,7 +85,8 @@ def _log_model(log: RunLog, folder: Path, name: str) -> str:
     column, array, kinds = mlflow.types.ColSpec, mlflow.types.schema.Array, mlflow.types.DataType
     text, number = kinds.string, kinds.double
     inputs = [column(text, "prompt"), column(text, "answer", required=False), column(array(text), "steps", required=False)]
-    outputs = [column(number, "score"), column(number, "probability"), column(array(number), "step_scores")]
+    lists = [column(array(number), name) for name in ("step_scores", "member_scores")]
+    outputs = [column(number, "score"), column(number, "probability"), *lists]
     signature = mlflow.models.ModelSignature(inputs=mlflow.types.Schema(inputs), outputs=mlflow.types.Schema(outputs))
     package = Path(__file__).parent.parent
     with backend.no_chatter(), mlflow.start_run(run_id=log.id):  # it has a word at the end, too
@@ -256,26 +262,60 @@ def _tag(client: Any, name: str, version: str, tags: Mapping[str, Any]) -> None:
         client.set_model_version_tag(name, version, re.sub(r"[^\w. -]", "_", key), public(str(value))[:5000])
 
 
-@backend.explaining()
 def model_folder(model: str) -> Path:
-    """The folder of a model named by a path or by models:/NAME@ALIAS, models:/NAME/VERSION, models:/NAME."""
+    """The folder of a model named by a path or by models:/NAME@ALIAS, models:/NAME/VERSION, models:/NAME.
+
+    A registered model whose files are on this disk stays where it is; else it is fetched into the cache (places.cache), once.
+
+    Raises:
+        RegistryError: if there is no such version, or its files are not where the registry says.
+    """
     if not model.startswith("models:/"):
         return places.fetch(model)
     row = find(model)
-    with backend.no_chatter():
-        here = backend.mlflow().artifacts.download_artifacts(f"models:/{row['name']}/{row['version']}")
-    return Path(here) / "artifacts" / "model"
+    version = f"models:/{row['name']}/{row['version']}"
+    with backend.explaining():
+        source = str(backend.client().get_model_version_download_uri(row["name"], row["version"]))
+    parts = urlsplit(source)
+    if parts.scheme in ("", "file"):
+        here = Path(url2pathname(parts.path) if parts.scheme else source) / INSIDE
+        if not here.is_dir():
+            raise RegistryError(
+                f"{version} is registered as {here}, and that folder is not here",
+                "read it where that folder is, or let the tracking server keep files itself: mlflow server --artifacts-destination PLACE",
+            )
+        return here
+
+    def download(aside: Path) -> bool:
+        with tempfile.TemporaryDirectory(dir=aside.parent.parent) as scratch, backend.explaining(), backend.no_chatter():
+            os.rename(backend.mlflow().artifacts.download_artifacts(f"{version}/{INSIDE}", dst_path=scratch), aside)
+        return aside.is_dir()
+
+    with places.telling(places.cache()):
+        fetched = places.fetched("\n".join((backend.address(), version, row["run_id"], public(source))), "model", download)
+    if fetched is None:
+        raise RegistryError(f"{version} holds no model of Rayward's", "register one with train_reward_model --register NAME")
+    return fetched
 
 
 def model_address(model: str) -> str:
     """What every worker loads a model by: a URL as it is, a folder by its absolute path, `tiny` and names on the hub as they are.
 
-    A registered version is fetched from the registry to this machine's disk: workers elsewhere need it at a URL.
+    A registered version is fetched from the registry to this machine's disk: workers elsewhere need it at a URL. It is another path after
+    the cache was emptied: what is to be the same next time goes by `pinned`.
     """
     if model == "tiny" or places.is_remote(model):
         return model if model == "tiny" else str(places.at(model))
     folder = model_folder(model)
     return str(folder.absolute()) if folder.is_dir() else model
+
+
+def pinned(model: str) -> str:
+    """What leads back to a model: models:/NAME/VERSION of a registered one, also when its alias has moved on; else its address."""
+    if not model.startswith("models:/"):
+        return model_address(model)
+    row = find(model)
+    return f"models:/{row['name']}/{row['version']}"
 
 
 def identity(model: str) -> dict[str, Any]:

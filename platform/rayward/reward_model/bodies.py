@@ -8,6 +8,7 @@ inputs_of      the arguments of its forward call for a batch
 from __future__ import annotations
 
 import inspect
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rayward import attention
-from rayward.batching import ANSWERS, Batch, collate
+from rayward.batching import Batch, collate
 from rayward.errors import ModelError
 from rayward.pooling import width_of
 from rayward.rendering import Group
@@ -64,15 +65,15 @@ def check_width(head: nn.Module, pooling: str, config: Any) -> None:
         )
 
 
-def inputs_of(module: Any, batch: Batch, *, packed: bool, flat: bool = False) -> dict[str, Any]:
+def inputs_of(module: Any, batch: Batch, *, packed: bool, kernel: attention.Attend | None = None) -> dict[str, Any]:
     """The arguments of a forward call: a 4-D mask and positions for packed rows, the usual 2-D mask for separate sequences.
 
-    With `flat`, a single row comes with its spans instead of a mask; the 4-D mask of one element only keeps the body from making one.
+    With a kernel, a single row comes with who sees whom instead of a mask; the 4-D mask of one element only keeps the body from making one.
     """
     inputs: dict[str, Any] = {"input_ids": batch.token_BT}
-    if packed and flat and len(batch.token_BT) == 1:
-        inputs |= {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool), "position_ids": batch.position_BT}
-        inputs["spans"] = attention.spans_of(batch.segment_BT[0], ANSWERS)
+    if packed and kernel is not None and batch.row is not None:
+        inputs |= {"attention_mask": _no_mask(batch.token_BT.device), "position_ids": batch.position_BT}
+        inputs |= {"spans": batch.row, "kernel": kernel}
     elif packed:
         mask_B1TT = batch.mask_BTT().unsqueeze(1)
         if module.config._attn_implementation == "eager":  # adds its mask to the logits instead of choosing by it
@@ -84,6 +85,13 @@ def inputs_of(module: Any, batch: Batch, *, packed: bool, flat: bool = False) ->
     if "use_cache" in inspect.signature(module.forward).parameters:
         inputs["use_cache"] = False
     return inputs
+
+
+@cache
+def _no_mask(device: torch.device) -> Tensor:
+    """Made once: a copy to a device is waited for."""
+    with torch.inference_mode(False):
+        return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
 
 
 def experts_per_token(body: Any) -> int:
@@ -104,7 +112,7 @@ def sliding_window(config: Any) -> int | None:
 @torch.no_grad()
 def examine(classifier: Any) -> Traits:
     """Ask a body what it can do, with one group of a prompt and two answers, packed and separate, on its own device and in float32."""
-    body, group = body_of(classifier), _probe(classifier.config)
+    body, group = body_of(classifier), probe(classifier.config)
     device = next(body.parameters()).device
     was = classifier.training
     classifier.eval()
@@ -128,6 +136,7 @@ def examine(classifier: Any) -> Traits:
 def use_segments(classifier: Any) -> bool:
     """Switch a body that takes packed rows to attention over segments, if it then says what it says with a mask, also while training.
 
+    Which kernel does that on another device is seen there (`kernels.choose_kernel`): elsewhere than on a CPU none is tried here.
     Bodies with more in their attention than a softmax of scaled products (soft caps, biases, sinks, dropout) keep their masks.
     """
     before, body = classifier.config._attn_implementation, body_of(classifier)
@@ -135,13 +144,14 @@ def use_segments(classifier: Any) -> bool:
         return False
     attention.register()
     device, was = next(body.parameters()).device, classifier.training
-    batch = collate([[_probe(classifier.config, 1), _probe(classifier.config, 2)]], shared=True).to(device)
+    batch = collate([[probe(classifier.config, 1), probe(classifier.config, 2)]], shared=True).to(device)
     try:
         classifier.eval()
         masked_BTD = body(**inputs_of(body, batch, packed=True)).last_hidden_state.float()
         classifier.set_attn_implementation(attention.NAME)
         classifier.train()
-        same = close(body(**inputs_of(body, batch, packed=True, flat=True)).last_hidden_state.float(), masked_BTD)
+        kernel = attention.KERNELS["segments"].attend if device.type == "cpu" else attention.over_mask
+        same = close(body(**inputs_of(body, batch, packed=True, kernel=kernel)).last_hidden_state.float(), masked_BTD)
     except (ValueError, RuntimeError, TypeError, KeyError):
         same = False
     finally:
@@ -151,7 +161,7 @@ def use_segments(classifier: Any) -> bool:
     return same
 
 
-def _probe(config: Any, seed: int = 0) -> Group:
+def probe(config: Any, seed: int = 0) -> Group:
     """Random tokens: a prompt of 5 and answers of 4 and 3."""
     rng = np.random.default_rng(seed)
     reserved = {config.pad_token_id, 0}

@@ -40,8 +40,8 @@ def reading_of(
 def asked_reading(path: str, settings: ModelSettings, notes: dict[str, Any], attributes: Sequence[str]) -> Reading:
     """The head that is there, or the one that is asked for."""
     own = Reading.of_notes(notes.get("head"))
-    if not notes and not settings.new_head and (settings.head_layers > 1 or settings.head_tokens):
-        raise ModelError("head_layers and head_tokens are about a new head", "say --set net.new_head=true, or leave them out")
+    if not notes and not settings.new_head and (settings.head_layers > 1 or settings.head_tokens or settings.members > 1):
+        raise ModelError("head_layers, head_tokens and members are about a new head", "say --set net.new_head=true, or leave them out")
     if path == "tiny" and settings.head_tokens and settings.head != "verdict":
         raise ModelError("head_tokens: a model from scratch has no language model to take rows from", "leave head_tokens out")
     if settings.head_tokens and width_of(settings.pooling) > 1:
@@ -56,16 +56,39 @@ def asked_reading(path: str, settings: ModelSettings, notes: dict[str, Any], att
     same = bool(notes) and kind == own.kind
     names = own.names if same and (settings.head == "auto" or set(attributes) <= set(own.names)) else tuple(attributes)
     layers = max(own.layers, settings.head_layers) if same else settings.head_layers
-    asked = heads.make_reading(kind, layers, names, settings.attribute_weights)
+    members = settings.members or (own.members if same else 1)
+    asked = heads.make_reading(kind, layers, names, settings.attribute_weights, members)
+    _check_members(settings, asked)
     if notes and not asked.fits(own) and not settings.new_head:
         raise ModelError(
             f"--model {path} has a head of {_in_words(own)}, not of {_in_words(asked)}",
-            "leave net.head and net.head_layers out to go on with it, or put a fresh one in its place: --set net.new_head=true",
+            "leave net.head, head_layers and members out to go on with it, or put a fresh one in its place: --set net.new_head=true",
         )
     if not asked.fits(own):
         return with_overall(settings, asked, Reading())
     weights = asked.weights if parse_settings(settings.attribute_weights, "") else own.weights
     return with_overall(settings, replace(asked, weights=weights, tokens=own.tokens, output_layer=own.output_layer), own)
+
+
+def _check_members(settings: ModelSettings, asked: Reading) -> None:
+    """Whether several members can be what is asked for: none may be like another, nor their outputs be more than theirs."""
+    if asked.members == 1:
+        return
+    if settings.head_tokens:
+        raise ModelError(
+            f"net.members={asked.members} would all start from the rows of head_tokens={settings.head_tokens!r}, and so stay alike",
+            "leave one of them out",
+        )
+    more = {
+        "overall": settings.overall not in ("auto", "mean"),
+        "verbosity": bool(settings.verbosity),
+        "take_off": settings.take_off != "{}",
+    }
+    for name in (name for name, there in more.items() if there):
+        raise ModelError(
+            f"net.{name} makes one score of one set of attributes, and net.members={asked.members} give several",
+            f"leave net.{name} or net.members out; attributes of several members are weighed by net.attribute_weights",
+        )
 
 
 def same_width(path: str, settings: ModelSettings, notes: dict[str, Any], pooling: str) -> bool:
@@ -81,7 +104,8 @@ def same_width(path: str, settings: ModelSettings, notes: dict[str, Any], poolin
 
 
 def _in_words(reading: Reading) -> str:
-    return f"kind {reading.kind} ({', '.join(reading.names)}; {reading.layers} layer{'s' if reading.layers > 1 else ''})"
+    several = f"; {reading.members} members" if reading.members > 1 else ""
+    return f"kind {reading.kind} ({', '.join(reading.names)}; {reading.layers} layer{'s' if reading.layers > 1 else ''}{several})"
 
 
 def other_outputs(path: str, settings: ModelSettings, outputs: int) -> ModelError:
@@ -100,9 +124,12 @@ def adopt(path: str, classifier: Any, stored: foreign.StoredHead, reading: Readi
     if not fits or not isinstance(there, nn.Linear) or stored.width != width_of(pooling) * there.in_features:
         return False
     try:
-        return foreign.adopt(classifier, name, stored)
+        adopted = foreign.adopt(classifier, name, stored)
     except (KeyError, OSError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"--model {path} lacks weights of its head of {reading.layers} layers: {error}", "save it again") from None
+    if adopted:
+        heads.keep_apart(getattr(classifier, name), reading)
+    return adopted
 
 
 def fresh_head(classifier: Any, reading: Reading, pooling: str = "auto") -> None:

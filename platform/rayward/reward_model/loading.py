@@ -18,7 +18,7 @@ from rayward.pooling import width_of
 from rayward.rendering import tag_token
 from rayward.reward_model.bodies import HEADS
 from rayward.reward_model.head_choice import adopt, attach_output_layer, begin_head, other_outputs, reading_of, same_width
-from rayward.reward_model.model import RewardModel
+from rayward.reward_model.model import RewardModel, Seen
 from rayward.reward_model.overall import attach_overall
 from rayward.reward_model.settings import SCALAR, ModelSettings
 from rayward.vocabulary import TiedHead
@@ -33,11 +33,17 @@ class Loaded(NamedTuple):
 
 
 def load_model(
-    path: str, settings: ModelSettings, max_length: int = 0, attributes: Sequence[str] = (), how: Mapping[str, Any] | None = None
+    path: str,
+    settings: ModelSettings,
+    max_length: int = 0,
+    attributes: Sequence[str] = (),
+    how: Mapping[str, Any] | None = None,
+    known: Seen | None = None,
 ) -> Loaded:
     """A model and its tokenizer from a folder or the hub. A missing head is an error unless `new_head` asks for one.
 
     `attributes` are the names of the targets, for a new head that gives one output per attribute; `how` is said to `from_pretrained`.
+    With what is `known` of the same model it is built without its numbers (on torch's meta device), and is not run.
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -59,6 +65,7 @@ def load_model(
             dtype=torch.float32,
             ignore_mismatched_sizes=True,  # looked at below
             **options,
+            **({"device_map": {"": "meta"}} if known is not None else {}),
             **(how or {}),
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
@@ -73,8 +80,8 @@ def load_model(
     if kept and reading.layers > 1 and not adopted:
         raise ModelError(f"--model {path} lacks weights of its head of {reading.layers} layers", "save it again")
     head = _without_head(path, settings, info, adopted)
-    narrow = settings.new_head and not adopted and width_of(pooling) > 1
-    if head or (notes and not kept) or narrow:
+    other = settings.new_head and not adopted and (width_of(pooling) > 1 or reading.layers > 1)
+    if head or (notes and not kept) or other:
         reading = begin_head(path, classifier, tokenizer, settings, reading, pooling)
     elif settings.new_head and settings.head_tokens:
         raise ModelError(f"--model {path} has a head, and head_tokens starts a new one", "leave head_tokens out, or name a language model")
@@ -84,7 +91,7 @@ def load_model(
     if not settings.dropout:
         _without_dropout(classifier)
     max_length = max_length or (notes.get("render") or {}).get("max_length") or 0
-    return Loaded(RewardModel(classifier, pooling, max_length, reading), tokenizer, notes)
+    return Loaded(RewardModel(classifier, pooling, max_length, reading, known, settings.attention), tokenizer, notes)
 
 
 def _without_head(path: str, settings: ModelSettings, info: dict[str, Any], deep: bool) -> list[str]:

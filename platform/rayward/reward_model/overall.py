@@ -10,7 +10,8 @@ is a target without a name: a comparison, or an overall rating. A model learns i
 `train.freeze_layers=-1` the weights alone.
 
 `net.verbosity` takes off what an attribute says of how long an answer is, r_a - l_a v, so that the rank correlation of every attribute with
-v is 0 (the same section). It is in the score alone: an attribute's own output stays the rating that it learned.
+v is 0 (the same section). It is in the score alone: an attribute's own output stays the rating that it learned. `net.take_off` gives l_a by
+hand, from the first step on.
 
 Shape letters: G examples, K places, A attributes, B rows, T tokens, D hidden size, N answers.
 
@@ -22,6 +23,8 @@ Shape letters: G examples, K places, A attributes, B rows, T tokens, D hidden si
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -56,12 +59,49 @@ def with_overall(settings: ModelSettings, reading: Reading, own: Reading) -> Rea
         raise ModelError(f"net.overall={overall} learns the weights that attribute_weights fixes", "leave one of them out")
     if settings.verbosity and settings.verbosity not in (*reading.names, TOKENS):
         raise ModelError(f"net.verbosity={settings.verbosity} is no attribute ({', '.join(reading.names)})", f"name one, or {TOKENS}")
+    by_hand = _by_hand(settings.take_off, reading)
+    if by_hand and own.learns_overall and own.overall == overall and by_hand != (own.verbosity, own.taken_off):
+        raise ModelError(
+            f"net.take_off={settings.take_off} would take off what the weights of overall={overall} have learned from",
+            "say net.take_off in the stage that begins with fresh weights: it stays with the model",
+        )
     if settings.verbosity and overall != "mean" and settings.verbosity != own.verbosity:
         raise ModelError(
             f"net.verbosity={settings.verbosity} with overall={overall} would take off what the weights have learned from",
             "say net.verbosity in the stage that learns the attributes: it stays with the model",
         )
-    return replace(reading, overall=overall, verbosity=own.verbosity, taken_off=own.taken_off)
+    verbosity, taken_off = by_hand or (own.verbosity, own.taken_off)
+    return replace(reading, overall=overall, verbosity=verbosity, taken_off=taken_off)
+
+
+def _by_hand(take_off: str, reading: Reading) -> tuple[str, tuple[float, ...]] | None:
+    """The verbosity that `net.take_off` names, and how much of it is taken off every attribute; None where it is not given.
+
+    Raises:
+        ModelError: if the head has no attributes, a name is not known, or a number is none or below 0.
+    """
+    given = parse_settings(take_off, "net.take_off", '{"tokens": 0.01}')
+    if not given:
+        return None
+    names = reading.names
+    if reading.kind != "attributes":
+        raise ModelError(
+            f"net.take_off={take_off} is about attributes, and the head is of kind {reading.kind}", "train head=attributes first"
+        )
+    [(verbosity, much)] = given.items()
+    if verbosity not in (*names, TOKENS):
+        raise ModelError(f"net.take_off: {verbosity} is no attribute ({', '.join(names)})", f"name one, or {TOKENS}")
+    each = much if isinstance(much, dict) else dict.fromkeys(names, much)
+    for name, share in each.items():
+        if name not in names:
+            raise ModelError(f"net.take_off: {name} is no attribute to take off from ({', '.join(names)})", "those not named lose nothing")
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < math.inf:
+            raise ModelError(
+                f"net.take_off: {json.dumps(share)} of {verbosity} cannot be taken off {name}",
+                "give a number of at least 0, in points of the attribute per "
+                + ("token" if verbosity == TOKENS else f"point of {verbosity}"),
+            )
+    return verbosity, tuple(float(each[name]) if name in each else 0.0 for name in names)
 
 
 def attach_overall(path: str, classifier: Any, reading: Reading, own: Reading = SCALAR) -> None:

@@ -52,7 +52,7 @@ def tiny_model(examples: Iterable[Example], settings: ModelSettings, max_length:
     fresh_head(classifier, reading, settings.pooling)
     attach_output_layer("tiny", classifier, settings, reading)
     attach_overall("tiny", classifier, reading)
-    return Loaded(RewardModel(classifier, settings.pooling, max_length, reading), tokenizer, {})
+    return Loaded(RewardModel(classifier, settings.pooling, max_length, reading, attend_by=settings.attention), tokenizer, {})
 
 
 def word_tokenizer(examples: Iterable[Example], most: int, besides: Sequence[str] = ()) -> Any:
