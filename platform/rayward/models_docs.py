@@ -66,11 +66,11 @@ of theirs, its score the mean of their scores, and that is what is validated, ca
 gives each head its own draw of the examples, as often as a draw with replacement would have them. Any objective that reads scores trains
 them, attributes and steps too.
 
-They differ less than models of several seeds, since the body is one. What they differ by is in `select_uncertain` (one such model is
-enough), as `member_scores` in what `score_rollouts` and the registered model give, and with `score_rollouts --caution c` c standard
-deviations are taken off the score. Comparisons leave every head free to add a number of its own to all answers of a prompt: differences
-of scores within a prompt are what they mean, and where deviations of single scores are used, `--regularise '{"centre": 0.01}'` holds
-those numbers near 0.
+They differ far less than models of several seeds, since the body is one, and less still without the bootstrap
+([results.md](results.md)). What they differ by is in `select_uncertain` (one such model is enough), as `member_scores` in what
+`score_rollouts` and the registered model give, and with `score_rollouts --caution c` c standard deviations are taken off the score.
+Comparisons leave every head free to add a number of its own to all answers of a prompt: differences of scores within a prompt are what
+they mean, and where deviations of single scores are used, `--regularise '{"centre": 0.01}'` holds those numbers near 0.
 
 All heads lie in the class's own, one after the other: plain transformers gives one logit per head (`score 1`, `score 2`, ...), and the
 score is their mean; heads of two layers it does not read, as any such. A class whose own head has several layers (RoBERTa) has all but
