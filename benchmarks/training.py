@@ -122,7 +122,7 @@ def _steps(rng: np.random.Generator) -> Problem:
 TASKS = {
     "pairs": Task(_pair, 512, 128, 8, "bradley_terry"),
     "rankings": Task(_ranking, 32, 16, 4, "bradley_terry", least=3),
-    "steps": Task(_steps, 32, 16, 1, "binary_cross_entropy", outputs=2, least=16),
+    "steps": Task(_steps, 96, 32, 1, "binary_cross_entropy", outputs=2, least=64),
 }
 
 

@@ -372,10 +372,13 @@ def test_weights_of_attributes_are_learned_alike_on_any_workers(way: str, liked:
             assert found is not None
             assert found.temperature == pytest.approx(judge(tmp_path / name, settings, loaded).temperature, abs=1e-6)
         adapters.merge(loaded.model.classifier)
-        for tensor, expected in zip(
-            loaded.model.parameters(), load_model(str(fitted.model), ModelSettings()).model.parameters(), strict=True
-        ):
-            torch.testing.assert_close(tensor, expected, rtol=1e-4, atol=1e-5)
+        theirs = dict(load_model(str(fitted.model), ModelSettings()).model.named_parameters())
+        assert dict(loaded.model.named_parameters()).keys() == theirs.keys()
+        for part, tensor in loaded.model.named_parameters():
+            added = part.endswith(
+                f"{OVERALL}.bias"
+            )  # to every score: comparisons give it rounding for a gradient, and Adam takes steps by it
+            torch.testing.assert_close(tensor, theirs[part], rtol=1e-4, atol=1e-3 if added else 1e-5)
 
 
 def lines(output: Path) -> list[dict[str, float]]:
