@@ -379,12 +379,18 @@ def tracked(job: str) -> list[dict[str, str]]:
     return [{**run.data.tags, **run.data.params} for run in runs if run.data.tags["job"] == job]
 
 
-def test_a_sweep_from_a_registered_model_names_the_version(store: Path, tmp_path: Path, examples: Dataset) -> None:
+def begun_twice(examples: Dataset, tmp_path: Path) -> fitting.Fitted:
+    """A model that is registered as two versions of `begun`, the first of them the champion."""
     first = fitting.fit(base(examples, train=TrainSettings(epochs=1)), str(tmp_path / "first"))
     for _ in range(2):
         with registry.run("job", {}) as made:
             registry.register(made, first.model, "begun", {})
     registry.promote("begun", "1")
+    return first
+
+
+def test_a_sweep_from_a_registered_model_names_the_version(store: Path, tmp_path: Path, examples: Dataset) -> None:
+    first = begun_twice(examples, tmp_path)
     words: list[str | Path] = ["--examples", examples.path, "--output", tmp_path / "s", "--register", "swept", "--set", "train.epochs=1"]
     words += ["--set", "render.max_length=160", "--set", "batch.size=8", "--validation-share", "0.2"]
     words += ["--space", '{"train.lr": [1e-9]}', "--model", "models:/begun@champion"]
@@ -402,11 +408,7 @@ def test_a_sweep_from_a_registered_model_names_the_version(store: Path, tmp_path
 
 
 def test_a_space_of_registered_models_holds_versions(store: Path, tmp_path: Path, examples: Dataset) -> None:
-    first = fitting.fit(base(examples, train=TrainSettings(epochs=1)), str(tmp_path / "first"))
-    for _ in range(2):
-        with registry.run("job", {}) as made:
-            registry.register(made, first.model, "begun", {})
-    registry.promote("begun", "1")
+    begun_twice(examples, tmp_path)
     space = '{"model": ["models:/begun@champion", "tiny", "models:/begun/2"], "train.lr": [1e-3, 1e-2]}'
     sweep = prepared(examples, tmp_path / "s", space)
     names = ["models:/begun/1", "tiny", "models:/begun/2"]

@@ -104,20 +104,14 @@ class Batch:
 
     def mask_BTT(self) -> Tensor:
         """mask[b, i, j]: token i attends to token j. Padding attends to itself, so that no row of a softmax is empty."""
-        at_T = torch.arange(self.segment_BT.shape[1], device=self.segment_BT.device)
-        return _sees(self.segment_BT, at_T, self.segment_BT, at_T) | torch.eye(len(at_T), dtype=torch.bool, device=at_T.device)
-
-    def seen_NT(self, at_N: Tensor) -> Tensor:
-        """mask[n, j]: token at_N[n] attends to token j; of a batch of one row."""
-        [segment_T] = self.segment_BT
-        return _sees(segment_T[at_N], at_N, segment_T, torch.arange(len(segment_T), device=segment_T.device))
-
-
-def _sees(segment_Q: Tensor, at_Q: Tensor, segment_T: Tensor, at_T: Tensor) -> Tensor:
-    """mask_QT (behind leading axes of segments): tokens of a prompt and of the same answer that do not come later."""
-    query, key = segment_Q.unsqueeze(-1), segment_T.unsqueeze(-2)
-    same_answer = (query == key) | (key == query // ANSWERS * ANSWERS)
-    return same_answer & (key >= 0) & (at_Q.unsqueeze(-1) >= at_T)
+        segment = self.segment_BT
+        group, answer = segment // ANSWERS, segment % ANSWERS
+        T = segment.shape[1]
+        causal = torch.ones(T, T, dtype=torch.bool, device=segment.device).tril()
+        same_group = group[:, :, None] == group[:, None, :]
+        prompt_or_own = (answer[:, None, :] == 0) | (answer[:, :, None] == answer[:, None, :])
+        real = (segment >= 0)[:, :, None] & (segment >= 0)[:, None, :]
+        return (causal & same_group & prompt_or_own & real) | torch.eye(T, dtype=torch.bool, device=segment.device)
 
 
 def plan(examples: int, size: int, seed: int, epoch: int) -> list[np.ndarray]:

@@ -43,16 +43,22 @@ NAMES = {  # of types of numbers in a safetensors file
 LISTS = ("layers", "layer", "h", "blocks")  # what Hugging Face calls a body's layers
 
 
+def layer_list(body: nn.Module) -> nn.ModuleList | None:
+    """The layers of a body, the lowest first; None where they are in no list."""
+    lists = (m for name, m in body.named_modules() if isinstance(m, nn.ModuleList) and name.rpartition(".")[2] in LISTS)
+    return next(lists, None)
+
+
 def shard(body: nn.Module, device: torch.device, bf16: bool) -> None:
     """Spread a body over all workers: layer by layer, then what is left. Gradients are added up, not averaged."""
     if not dist.is_initialized():
         raise ModelError("train.shard=true spreads a model over workers, and there is one process", "ask for more: --workers 2")
-    lists = [m for name, m in body.named_modules() if isinstance(m, nn.ModuleList) and name.rpartition(".")[2] in LISTS]
-    if not lists:
+    layers = layer_list(body)
+    if layers is None:
         raise ModelError(f"{type(body).__name__} has no list of layers to spread", "leave train.shard out")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else MixedPrecisionPolicy()
-    for layer in lists[0]:
+    for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(body, mesh=mesh, mp_policy=policy)
     for module in body.modules():

@@ -80,10 +80,13 @@ class Row:
         own = (key <= query) & (key >= self.own_T[query])
         return own | ((key >= self.prompt_T[query]) & (key < self.prompt_end_T[query]))
 
+    def mask_NT(self, at_N: Tensor) -> Tensor:
+        """mask[n, j]: token at_N[n] sees token j."""
+        return self.sees(at_N[:, None], torch.arange(len(self.own_T), device=self.own_T.device))
+
     def mask_TT(self) -> Tensor:
         """mask[i, j]: token i sees token j."""
-        at_T = torch.arange(len(self.own_T), device=self.own_T.device)
-        return self.sees(at_T[:, None], at_T[None, :])
+        return self.mask_NT(torch.arange(len(self.own_T), device=self.own_T.device))
 
 
 def row_of(groups: Iterable[Iterable[int]]) -> Row:

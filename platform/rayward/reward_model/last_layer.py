@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from rayward.attention import Read
 from rayward.batching import Batch, collate
 from rayward.reward_model.bodies import body_of, close, inputs_of, probe
-from rayward.sharding import LISTS
+from rayward.sharding import layer_list
 
 FEW = 128  # tokens that are read, up to which a mask over all tokens of a row is less work than attention over its segments
 
@@ -55,8 +55,7 @@ class LastLayer:
         if getattr(self.layer, "gradient_checkpointing", False):
             self.layer.gradient_checkpointing = False  # type: ignore[assignment]
         read_N = torch.cat([batch.read_N, batch.prompt_GK.flatten().clamp(min=0)]).unique() if prompts else batch.read_N
-        few = len(batch.token_BT) == 1 and len(read_N) <= FEW
-        self._read = Read(read_N, batch.seen_NT(read_N) if few else None)
+        self._read = Read(read_N, batch.row.mask_NT(read_N) if batch.row is not None and len(read_N) <= FEW else None)
         try:
             yield
         finally:
@@ -82,8 +81,8 @@ class LastLayer:
 
 def last_of(body: nn.Module) -> nn.Module | None:
     """The last layer of a body; None where it has no list of them."""
-    lists = [m for name, m in body.named_modules() if isinstance(m, nn.ModuleList) and name.rpartition(".")[2] in LISTS]
-    return lists[0][-1] if lists else None
+    layers = layer_list(body)
+    return layers[-1] if layers is not None else None
 
 
 @torch.no_grad()
